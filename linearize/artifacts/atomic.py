@@ -1,0 +1,243 @@
+"""Writing so that a crash at any moment leaves the old artifact or the new one, never a broken one.
+
+A directory is filled beside its final place, every file and directory of it is flushed to disk, and one rename puts it
+there. Leftovers of killed processes are removed by the next writer of the same place.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import errno
+import hashlib
+import json
+import os
+import re
+import shutil
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
+from typing import Any
+
+from linearize.errors import LinearizeError, RefusedError, UsageError
+
+_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+_CHUNK = 1 << 20
+
+
+@contextmanager
+def atomic_directory(final: str | os.PathLike[str], *, replace: bool = False) -> Iterator[Path]:
+    """Yield an empty temporary folder beside `final`; on success it becomes `final` in one rename.
+
+    On any error (KeyboardInterrupt too) the temporary folder is removed and `final` is what it was. With
+    `replace=True`, `final` may hold an older artifact, which is swapped out whole; otherwise a non-empty `final` raises
+    RefusedError, before anything is written and again at the end. A full disk raises RefusedError; other OSErrors pass
+    through.
+    """
+    final = Path(os.path.abspath(final))
+    if not replace:
+        require_empty(final)
+    elif final.exists() and not final.is_dir():
+        raise RefusedError(f"{final} is a file, not a folder", "Choose another folder.")
+    made = [parent for parent in final.parents if not parent.exists()]  # innermost first
+    try:
+        final.parent.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UsageError(f"cannot create {final.parent}: {error.strerror}", "Choose another folder.") from error
+    remove_leftovers(final)
+    work = _sibling(final, "tmp")
+    if work.exists():
+        shutil.rmtree(work)
+    try:
+        work.mkdir()
+        yield work
+        _open_up(work)
+        sync_tree(work)
+        if replace:
+            _swap_in(work, final)
+        else:
+            require_empty(final)
+            os.replace(work, final)  # POSIX: onto an absent or empty folder
+        _sync_path(final.parent)
+    except BaseException as error:
+        shutil.rmtree(work, ignore_errors=True)
+        with suppress(OSError):
+            for parent in made:
+                parent.rmdir()
+        if is_disk_full(error) and not isinstance(error, LinearizeError):
+            raise RefusedError(
+                f"no space left on the disk of {final.parent}; nothing was written to {final}",
+                "Free some space or choose another disk.",
+            ) from error
+        raise
+
+
+def remove_leftovers(final: str | os.PathLike[str]) -> None:
+    """Remove what killed writers left beside `final`; put an old artifact back if one died in mid-swap."""
+    final = Path(os.path.abspath(final))
+    if not final.parent.is_dir():
+        return
+    pattern = re.compile(rf"\.{re.escape(final.name)}\.(tmp|old)-(\d+)")
+    for path in sorted(final.parent.iterdir()):
+        match = pattern.fullmatch(path.name)
+        if match is None or _alive(int(match[2])):
+            continue
+        if match[1] == "old" and not final.exists():
+            os.replace(path, final)
+        elif path.is_dir() and not path.is_symlink():
+            shutil.rmtree(path, ignore_errors=True)
+        else:
+            path.unlink(missing_ok=True)
+
+
+def write_bytes(path: str | os.PathLike[str], data: bytes) -> None:
+    """Write one file atomically: temporary sibling, flush, rename. A full disk raises RefusedError."""
+    path = Path(path)
+    work = _sibling(path, "tmp")
+    try:
+        with open(work, "wb") as file:
+            file.write(data)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(work, path)
+        _sync_path(path.parent)
+    except BaseException as error:
+        with suppress(OSError):
+            work.unlink(missing_ok=True)
+        if is_disk_full(error):
+            raise RefusedError(
+                f"no space left on the disk while writing {path}", "Free some space or choose another disk."
+            ) from error
+        raise
+
+
+def write_json(path: str | os.PathLike[str], obj: Any) -> None:
+    """Write `obj` as UTF-8 JSON, atomically. ValueError for NaN and Infinity, which are not JSON."""
+    text = json.dumps(obj, indent=2, ensure_ascii=False, allow_nan=False)
+    write_bytes(path, text.encode("utf-8") + b"\n")
+
+
+def sha256(path: str | os.PathLike[str]) -> str:
+    """Hex sha256 of a file's bytes."""
+    digest = hashlib.sha256()
+    with open(path, "rb") as file:
+        while chunk := file.read(_CHUNK):
+            digest.update(chunk)
+    return digest.hexdigest()
+
+
+def require_empty(out: str | os.PathLike[str], *, hint: str | None = None) -> None:
+    """RefusedError unless `out` is absent or an empty folder."""
+    path = Path(out)
+    if path.is_symlink() and not path.exists():
+        raise RefusedError(f"{path} is a dangling link", "Choose another folder.")
+    if not path.exists():
+        return
+    if not path.is_dir():
+        raise RefusedError(f"{path} is a file, not a folder", "Choose another folder.")
+    if any(path.iterdir()):
+        raise RefusedError(f"{path} is not empty", hint or "Go on with --resume, or choose another folder.")
+
+
+def require_free_space(path: str | os.PathLike[str], size: int) -> None:
+    """RefusedError unless the disk of `path` (which need not exist yet) has `size` bytes free."""
+    place = Path(os.path.abspath(path))
+    while not place.exists():
+        place = place.parent
+    free = shutil.disk_usage(place).free
+    if free < size:
+        raise RefusedError(
+            f"the disk of {path} has {_human(free)} free and about {_human(size)} are needed",
+            "Free some space or choose another disk.",
+        )
+    folder = place if place.is_dir() else place.parent
+    if not os.access(folder, os.W_OK | os.X_OK):
+        raise RefusedError(f"{folder} cannot be written to", "Choose another folder.")
+
+
+def is_disk_full(error: BaseException) -> bool:
+    """Whether `error` says that the disk (or quota) is full. Native writers only say it in their text."""
+    if isinstance(error, OSError) and error.errno is not None:
+        return error.errno in _FULL
+    return "No space left on device" in str(error) or f"os error {errno.ENOSPC})" in str(error)
+
+
+def sync_tree(folder: Path) -> None:
+    """Flush every file and folder below `folder`, and the folder itself, to disk."""
+    for root, _, names in os.walk(folder, topdown=False):
+        for name in names:
+            path = Path(root, name)
+            if not path.is_symlink():
+                _sync_path(path)
+        _sync_path(Path(root))
+
+
+def _open_up(folder: Path) -> None:
+    """Give files the mode that the umask gives folders: safetensors writes files that only their owner may read."""
+    mode = folder.stat().st_mode & 0o666
+    for path in folder.rglob("*"):
+        if path.is_file() and not path.is_symlink():
+            path.chmod(path.stat().st_mode | mode)
+
+
+def _sync_path(path: Path) -> None:
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
+def _sibling(path: Path, kind: str) -> Path:
+    return path.parent / f".{path.name}.{kind}-{os.getpid()}"
+
+
+def _swap_in(work: Path, final: Path) -> None:
+    if not final.exists():
+        os.replace(work, final)
+        return
+    if _exchange(work, final):
+        shutil.rmtree(work, ignore_errors=True)  # now the old artifact
+        return
+    # No atomic exchange here: two renames. A death between them is mended by `remove_leftovers`.
+    old = _sibling(final, "old")
+    os.replace(final, old)
+    try:
+        os.replace(work, final)
+    except BaseException:
+        os.replace(old, final)
+        raise
+    shutil.rmtree(old, ignore_errors=True)
+
+
+def _exchange(one: Path, other: Path) -> bool:
+    """Exchange two paths in one step (Linux renameat2); False where the system cannot."""
+    if not sys.platform.startswith("linux"):
+        return False
+    try:
+        renameat2 = ctypes.CDLL(None, use_errno=True).renameat2
+    except (OSError, AttributeError):
+        return False
+    at_fdcwd, rename_exchange = -100, 2
+    return renameat2(at_fdcwd, os.fsencode(one), at_fdcwd, os.fsencode(other), ctypes.c_uint(rename_exchange)) == 0
+
+
+def _alive(pid: int) -> bool:
+    if pid == os.getpid():
+        return False  # our own earlier leftovers: one process writes one place at a time
+    try:
+        os.kill(pid, 0)
+    except ProcessLookupError:
+        return False
+    except (PermissionError, OverflowError):
+        return True
+    return True
+
+
+def _human(size: int) -> str:
+    value = float(size)
+    for unit in ("B", "kB", "MB", "GB"):
+        if value < 1000:
+            return f"{value:.0f} {unit}" if unit == "B" else f"{value:.1f} {unit}"
+        value /= 1000
+    return f"{value:.1f} TB"

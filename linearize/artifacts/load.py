@@ -1,0 +1,264 @@
+"""From what a user types to a checked model in memory. Nothing in a checkpoint chooses code, downloads or paths."""
+
+from __future__ import annotations
+
+import os
+import re
+from fnmatch import fnmatch
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from linearize.artifacts.config_reader import CONFIG, OUR_PREFIX, build_config, read_config, stored_dtype
+from linearize.artifacts.manifest import MANIFEST, verify_manifest
+from linearize.artifacts.weights import read_json, read_tensors, require_finite, require_inside
+from linearize.errors import LinearizeError, UsageError, did_you_mean
+
+if TYPE_CHECKING:
+    import torch
+
+DEMO = "demo"
+_HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]{0,95}/[A-Za-z0-9][\w.-]{0,95}")
+_HUB_FILES = (
+    "config.json",
+    "generation_config.json",
+    "model.safetensors",
+    "model-*.safetensors",
+    "model.safetensors.index.json",
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "tokenizer.model",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "vocab.json",
+    "merges.txt",
+    "chat_template.jinja",
+    MANIFEST,
+)
+_TOKENIZERS = ("tokenizer.json", "tokenizer.model", "vocab.json")
+_DTYPES = ("float32", "bfloat16", "float16")
+_STORED = {"F32": "float32", "BF16": "bfloat16", "F16": "float16"}
+_LAYER = re.compile(r"model\.layers\.(\d{1,9})\.")
+_DERIVED = re.compile(r"rotary_emb\.inv_freq$|\.masked_bias$|attn\.bias$")  # recomputed by every model, never read
+
+
+def resolve(model: str | os.PathLike[str]) -> Path:
+    """The local folder of MODEL: `demo`, a folder, or a Hub id (downloaded; only data files are).
+
+    UsageError for a folder that is not there (with the nearest name), for a file, and for a failed download.
+    """
+    name = os.fspath(model)
+    if name == DEMO:
+        return _demo()
+    path = Path(name).expanduser()
+    if name and path.is_dir():
+        return path
+    if name and path.exists():
+        raise UsageError(f"{name} is a file; a model is a folder with config.json, safetensors and a tokenizer")
+    if _HUB_ID.fullmatch(name) and not path.parent.is_dir():
+        return _download(name)
+    near = did_you_mean(path.name, _names(path.parent) + ([DEMO] if path.parent == Path() else []))
+    raise UsageError(f"there is no model {name!r}.{near}", "Give a folder, a Hub id (owner/name) or demo.")
+
+
+def check_checkpoint(path: str | os.PathLike[str], *, finite: bool) -> None:
+    """Refuse a checkpoint that is damaged or hostile, by the name of the file, before anything is allocated.
+
+    Reads config and headers; every byte too where a manifest holds hashes, and with `finite` every weight (RefusedError
+    for NaN and Inf). UsageError for all else.
+    """
+    folder = Path(path)
+    if not folder.is_dir():
+        raise UsageError(f"there is no folder {folder}")
+    if (folder / "adapter_config.json").exists():
+        # transformers would follow the base model that this file names.
+        raise UsageError(f"{folder} is an adapter, not a model", "Merge it into its base model first.")
+    for entry in folder.iterdir():  # also the files that are merely copied into an export
+        if entry.is_symlink() and any(fnmatch(entry.name, pattern) for pattern in _HUB_FILES):
+            require_inside(folder, entry)
+    config = read_config(folder)
+    tensors = read_tensors(folder)
+    _require_match(folder, config, tensors)
+    if os.path.lexists(folder / MANIFEST):
+        problems = verify_manifest(folder)
+        if problems:
+            more = f" (and {len(problems) - 1} more)" if len(problems) > 1 else ""
+            raise UsageError(problems[0] + more, "Copy or convert it again.")
+    if finite:
+        require_finite(folder)
+
+
+def load_model(
+    path: str | os.PathLike[str], *, device: Any = "auto", dtype: Any = "auto", attn_implementation: str | None = None
+) -> Any:
+    """A native or linearized causal LM from a local folder, checked first, in eval mode on `device`.
+
+    `dtype` is a name, a torch.dtype or "auto" (as stored). Only local safetensors are read, remote code is never run,
+    and `attn_implementation` (None: "sdpa") is ours to choose. UsageError if a weight is missing, left over or of
+    another shape.
+    """
+    import torch
+    from transformers import AutoModelForCausalLM
+
+    folder = Path(path)
+    where = select_device(device)
+    check_checkpoint(folder, finite=False)
+    kind = dtype if isinstance(dtype, torch.dtype) else select_dtype(dtype, folder)
+    config = build_config(folder)
+    try:
+        model, info = AutoModelForCausalLM.from_pretrained(
+            folder,
+            config=config,
+            dtype=kind,
+            attn_implementation=attn_implementation or "sdpa",
+            trust_remote_code=False,
+            local_files_only=True,
+            use_safetensors=True,
+            output_loading_info=True,
+        )
+    except LinearizeError:
+        raise
+    except Exception as error:  # whatever a library makes of a bad folder, the user reads one line
+        raise UsageError(f"{folder} cannot be loaded: {type(error).__name__}: {_brief(error)}") from error
+    missing = sorted(info["missing_keys"])
+    left = sorted(key for key in info["unexpected_keys"] if not _DERIVED.search(key))
+    mismatched = sorted(str(key[0] if isinstance(key, tuple) else key) for key in info["mismatched_keys"])
+    for keys, what in (
+        (missing, "lacks the weight"),
+        (left, "has a weight that the model does not use:"),
+        (mismatched, "has the wrong shape for the weight"),
+    ):
+        if keys:
+            more = f" (and {len(keys) - 1} more)" if len(keys) > 1 else ""
+            raise UsageError(f"{folder} {what} {keys[0]}{more}", "Its config does not describe these weights.")
+    return model.to(where).eval()
+
+
+def load_tokenizer(path: str | os.PathLike[str]) -> Any:
+    """The tokenizer of a local folder; remote code is never run. UsageError when it is absent or cannot be read."""
+    from transformers import AutoTokenizer
+
+    folder = Path(path)
+    if not any((folder / name).is_file() for name in _TOKENIZERS):
+        raise UsageError(f"{folder} has no tokenizer (none of {', '.join(_TOKENIZERS)})")
+    try:
+        return AutoTokenizer.from_pretrained(
+            folder, config=build_config(folder), trust_remote_code=False, local_files_only=True
+        )
+    except LinearizeError:
+        raise
+    except Exception as error:
+        reason = f"{type(error).__name__}: {_brief(error)}"
+        raise UsageError(f"the tokenizer in {folder} cannot be read: {reason}") from error
+
+
+def select_device(name: Any = "auto") -> torch.device:
+    """torch.device for "auto" (the first GPU, else the CPU), "cpu", "cuda" or "cuda:N". UsageError for any other."""
+    import torch
+
+    if isinstance(name, torch.device):
+        return name
+    if name == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    if name == "cpu":
+        return torch.device("cpu")
+    match = re.fullmatch(r"cuda(?::(\d{1,3}))?", str(name))
+    if match is None:
+        near = did_you_mean(str(name), ("auto", "cpu", "cuda"))
+        raise UsageError(f"unknown device {name!r}.{near}", "Use auto, cpu, cuda or cuda:N.")
+    count = torch.cuda.device_count() if torch.cuda.is_available() else 0
+    if count <= int(match[1] or 0):
+        raise UsageError(f"device {name} is not there: torch sees {count} CUDA GPUs", "Use device=cpu or device=auto.")
+    return torch.device(str(name))
+
+
+def select_dtype(name: str, teacher: Any = None) -> torch.dtype:
+    """torch.dtype for "float32", "bfloat16", "float16", or "auto": that of `teacher`.
+
+    `teacher` is a checkpoint folder (its config's dtype, else that of its largest weight), a config, a model, a
+    torch.dtype or None (float32). UsageError for any other name.
+    """
+    import torch
+
+    if name in _DTYPES:
+        return _as_dtype(name)
+    if name != "auto":
+        raise UsageError(
+            f"unknown dtype {name!r}.{did_you_mean(name, (*_DTYPES, 'auto'))}", f"Use auto, {', '.join(_DTYPES)}."
+        )
+    if isinstance(teacher, (str, os.PathLike)):
+        folder = Path(teacher)
+        stored = stored_dtype(read_json(folder / CONFIG, cap=8 << 20))
+        if stored is None:
+            largest = max(read_tensors(folder).values(), key=lambda item: item[1].elements)[1]
+            stored = _STORED.get(largest.dtype, "float32")
+        return _as_dtype(stored if stored in _DTYPES else "float32")
+    dtype = getattr(teacher, "dtype", teacher)
+    if isinstance(dtype, str):
+        return _as_dtype(dtype if dtype in _DTYPES else "float32")
+    return dtype if isinstance(dtype, torch.dtype) else torch.float32
+
+
+def _require_match(folder: Path, config: dict[str, Any], tensors: dict[str, Any]) -> None:
+    """The sizes that decide how much is allocated, against the weights that are really there."""
+    layers = {int(match[1]) for name in tensors if (match := _LAYER.match(name))}
+    wanted = config["num_hidden_layers"]
+    if layers and layers != set(range(wanted)):
+        raise UsageError(f"{folder / CONFIG} says {wanted} layers, and the weights hold {len(layers)}")
+    embedding = tensors.get("model.embed_tokens.weight")
+    if embedding is not None:
+        shape, expected = embedding[1].shape, (config["vocab_size"], config["hidden_size"])
+        if shape != expected:
+            raise UsageError(
+                f"{folder / CONFIG} says vocab_size x hidden_size {expected[0]} x {expected[1]}, and the "
+                f"embedding in {embedding[0].name} is {' x '.join(map(str, shape))}"
+            )
+
+
+def _demo() -> Path:
+    folder = Path(__file__).resolve().parent.parent / "demo" / "teacher"
+    if not (folder / CONFIG).is_file():
+        raise UsageError("the embedded teacher is missing from this installation", "Install linearize again.")
+    return folder
+
+
+def _download(repo: str) -> Path:
+    try:
+        from huggingface_hub import snapshot_download
+
+        return Path(snapshot_download(repo, allow_patterns=list(_HUB_FILES)))
+    except Exception as error:  # the Hub client has dozens of errors; each of them means: not to be had
+        raise UsageError(
+            f"there is no folder {repo!r}, and the Hub model of that name could not be had: "
+            f"{type(error).__name__}: {_brief(error)}",
+            "Check the name and the connection.",
+        ) from error
+
+
+def _names(folder: Path) -> list[str]:
+    try:
+        return [entry.name for entry in folder.iterdir()]
+    except OSError:
+        return []
+
+
+def _as_dtype(name: str) -> torch.dtype:
+    import torch
+
+    return {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}[name]
+
+
+def _brief(error: BaseException) -> str:
+    line = next((line.strip() for line in str(error).splitlines() if line.strip()), "no reason given")
+    return line if len(line) <= 200 else line[:197] + "..."
+
+
+__all__ = [
+    "DEMO",
+    "OUR_PREFIX",
+    "check_checkpoint",
+    "load_model",
+    "load_tokenizer",
+    "resolve",
+    "select_device",
+    "select_dtype",
+]

@@ -1,0 +1,292 @@
+"""Reading safetensors of others: the files of a checkpoint, their headers, and whether every number is finite.
+
+The headers are read here, without any library, so that a truncated, padded or hostile file is refused by name before
+anything is allocated. Only safetensors are read: pickled weights can run code.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from linearize.artifacts.atomic import sha256
+from linearize.errors import RefusedError, UsageError
+
+INDEX = "model.safetensors.index.json"
+SINGLE = "model.safetensors"
+HEADER_CAP = 100_000_000  # bytes, as in the safetensors format
+JSON_CAP = 64 << 20
+FINITE_CHUNK = 1 << 24  # elements looked at in one go
+_PICKLED = (".bin", ".pt", ".pth", ".ckpt", ".pkl")
+# Files that decide what a checkpoint computes. They make its digest.
+_IDENTITY = (
+    "config.json",
+    "generation_config.json",
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "tokenizer.model",
+    "vocab.json",
+    "merges.txt",
+    "special_tokens_map.json",
+    "added_tokens.json",
+)
+_BITS = {
+    "F4": 4,
+    "F6_E2M3": 6,
+    "F6_E3M2": 6,
+    "F8_E5M2": 8,
+    "F8_E4M3": 8,
+    "F8_E8M0": 8,
+    "F8_E5M2FNUZ": 8,
+    "F8_E4M3FNUZ": 8,
+    "BOOL": 8,
+    "U8": 8,
+    "I8": 8,
+    "I16": 16,
+    "U16": 16,
+    "F16": 16,
+    "BF16": 16,
+    "I32": 32,
+    "U32": 32,
+    "F32": 32,
+    "C64": 64,
+    "F64": 64,
+    "I64": 64,
+    "U64": 64,
+}
+
+
+@dataclass(frozen=True, kw_only=True)
+class TensorInfo:
+    """What a header says of one tensor. `dtype` is the safetensors name ("BF16"), `begin:end` its bytes in the data."""
+
+    dtype: str
+    shape: tuple[int, ...]
+    begin: int
+    end: int
+
+    @property
+    def elements(self) -> int:
+        count = 1
+        for side in self.shape:
+            count *= side
+        return count
+
+
+def read_header(path: str | os.PathLike[str]) -> dict[str, TensorInfo]:
+    """The tensors of one safetensors file, by name. UsageError, naming the file, for anything but a sound file:
+
+    the header fits and is a JSON object without duplicate keys, every dtype is known, sizes match shapes, and the
+    tensors cover the data exactly, without holes, overlaps or a tail.
+    """
+    path = Path(path)
+    try:
+        size = path.stat().st_size
+        with open(path, "rb") as file:
+            start = file.read(8)
+            length = int.from_bytes(start, "little")
+            if len(start) < 8 or length > size - 8:
+                raise _damaged(path, f"it has {size} bytes and ends inside its header")
+            if length > HEADER_CAP:
+                raise _damaged(path, f"its header claims {length} bytes, over the limit of {HEADER_CAP}")
+            raw = file.read(length)
+    except OSError as error:
+        raise UsageError(f"{path} cannot be read: {error.strerror}") from error
+    if not raw.startswith(b"{"):
+        raise _damaged(path, "its header is not a JSON object")
+    try:
+        header = json.loads(raw.decode("utf-8"), object_pairs_hook=_no_duplicates)
+    except (ValueError, RecursionError) as error:
+        raise _damaged(path, "its header is not valid JSON") from error
+    header.pop("__metadata__", None)
+    tensors = {name: _tensor(path, name, entry) for name, entry in header.items()}
+    position = 0
+    for name, info in sorted(tensors.items(), key=lambda item: (item[1].begin, item[1].end)):
+        if info.begin != position:
+            raise _damaged(path, f"tensor {name!r} begins at byte {info.begin} of the data, not at {position}")
+        position = info.end
+    data = size - 8 - length
+    if position != data:
+        what = "it is truncated" if data < position else "it has bytes that belong to no tensor"
+        raise _damaged(path, f"{what} ({data} bytes of data, {position} expected)")
+    return tensors
+
+
+def list_shards(folder: str | os.PathLike[str]) -> list[Path]:
+    """The safetensors files that hold the model in `folder`, in order. UsageError when there are none, when one of the
+    index is absent, or when the index points outside the folder."""
+    folder = Path(folder)
+    index = folder / INDEX
+    names = sorted(set(read_index(index).values())) if _lexists(index) else []
+    if _lexists(folder / SINGLE):
+        names = [SINGLE]  # what transformers loads when both are there
+    if not names:
+        pickled = sorted(p.name for p in folder.iterdir() if p.suffix in _PICKLED and p.name != "training_args.bin")
+        if pickled:
+            raise UsageError(
+                f"{folder} holds pickled weights ({pickled[0]}), which can run code, and no safetensors",
+                "Save the model again as safetensors.",
+            )
+        raise UsageError(f"{folder} holds no weights: neither {SINGLE} nor {INDEX}")
+    for name in names:
+        if not (folder / name).is_file():
+            raise UsageError(f"{folder / name} is missing", f"{INDEX} names it." if name != SINGLE else None)
+        require_inside(folder, folder / name)
+    return [folder / name for name in names]
+
+
+def read_index(index: str | os.PathLike[str]) -> dict[str, str]:
+    """{tensor: shard file} of a model.safetensors.index.json; every shard is a plain file name, or UsageError."""
+    index = Path(index)
+    require_inside(index.parent, index)
+    weight_map = read_json(index, cap=JSON_CAP).get("weight_map")
+    if not isinstance(weight_map, dict) or not weight_map:
+        raise UsageError(f"{index} has no weight_map")
+    for tensor, name in weight_map.items():
+        plain = isinstance(name, str) and name == os.path.basename(name) and not set(name) & set("\\:\0")
+        if not plain or not name or name.startswith("."):
+            raise UsageError(
+                f"{index} points outside its folder: {name!r} for tensor {tensor!r}", "Only plain file names are read."
+            )
+        if not name.endswith(".safetensors"):
+            raise UsageError(f"{index} names {name!r}, which is not a safetensors file")
+    return weight_map
+
+
+def read_tensors(folder: str | os.PathLike[str]) -> dict[str, tuple[Path, TensorInfo]]:
+    """Every tensor of a checkpoint with its shard. UsageError for a damaged shard, a tensor in two shards, or an index
+    that disagrees with the shards."""
+    folder = Path(folder)
+    tensors: dict[str, tuple[Path, TensorInfo]] = {}
+    shards = list_shards(folder)
+    for shard in shards:
+        for name, info in read_header(shard).items():
+            if name in tensors:
+                raise UsageError(f"tensor {name!r} is in both {tensors[name][0].name} and {shard.name} of {folder}")
+            tensors[name] = (shard, info)
+    if shards != [folder / SINGLE]:
+        for name, file in read_index(folder / INDEX).items():
+            if name not in tensors or tensors[name][0].name != file:
+                raise UsageError(f"{folder / INDEX} says that tensor {name!r} is in {file}, and it is not there")
+    if not tensors:
+        raise UsageError(f"{folder} holds no tensors")
+    return tensors
+
+
+def require_finite(folder: str | os.PathLike[str]) -> None:
+    """RefusedError, naming tensor and file, if any weight is NaN or infinite. Streams, a chunk at a time."""
+    import torch
+    from safetensors import SafetensorError, safe_open
+
+    for shard in list_shards(folder):
+        try:
+            with safe_open(shard, framework="pt") as file:
+                for name in file.keys():  # noqa: SIM118 (a safetensors handle, not a dict)
+                    for chunk in _chunks(file, name):
+                        if not chunk.is_floating_point():
+                            continue
+                        wide = chunk if chunk.element_size() > 1 else chunk.float()
+                        if torch.isfinite(wide).all():
+                            continue
+                        what = "NaN" if torch.isnan(wide).any() else "Inf"
+                        raise RefusedError(f"tensor {name!r} in {shard} holds {what}", "The checkpoint is damaged.")
+        except SafetensorError as error:
+            raise _damaged(shard, str(error)) from error
+
+
+def digest_checkpoint(folder: str | os.PathLike[str]) -> str:
+    """sha256 over the weights, config and tokenizer files of a checkpoint: names and contents, not where it lies."""
+    folder = Path(folder)
+    paths = [folder / name for name in _IDENTITY if (folder / name).is_file()] + list_shards(folder)
+    digest = hashlib.sha256()
+    for path in sorted(paths, key=lambda p: p.name):
+        digest.update(f"{path.name}\0{sha256(path)}\n".encode())
+    return digest.hexdigest()
+
+
+def checkpoint_bytes(folder: str | os.PathLike[str]) -> int:
+    """Bytes of weights in a checkpoint, from the headers alone."""
+    return sum(info.end - info.begin for _, info in read_tensors(folder).values())
+
+
+def read_json(path: Path, *, cap: int) -> dict[str, Any]:
+    """One JSON object from a file of at most `cap` bytes; UsageError for anything else, NaN and duplicate keys too."""
+    try:
+        if path.stat().st_size > cap:
+            raise UsageError(f"{path} is larger than {cap >> 20} MB")
+        value = json.loads(
+            path.read_bytes().decode("utf-8"), object_pairs_hook=_no_duplicates, parse_constant=_no_constant
+        )
+    except OSError as error:
+        raise UsageError(f"{path} cannot be read: {error.strerror}") from error
+    except (ValueError, RecursionError) as error:
+        raise UsageError(f"{path} is not valid JSON: {error}") from error
+    if not isinstance(value, dict):
+        raise UsageError(f"{path} does not hold a JSON object")
+    return value
+
+
+def require_inside(folder: Path, path: Path) -> None:
+    """UsageError if `path` is a link that leaves `folder`. The Hub's cache links into its own blobs folder: allowed."""
+    real, home = Path(os.path.realpath(path)), Path(os.path.realpath(folder))
+    if real.is_relative_to(home):
+        return
+    if home.parent.name == "snapshots" and real.parent == home.parent.parent / "blobs":
+        return
+    raise UsageError(f"{path} is a link that leaves its folder", "Put the file itself there.")
+
+
+def _chunks(file: Any, name: str) -> Iterator[Any]:
+    view = file.get_slice(name)
+    shape = view.get_shape()
+    if not shape or 0 in shape:
+        yield file.get_tensor(name)
+        return
+    row = 1
+    for side in shape[1:]:
+        row *= side
+    rows = max(1, FINITE_CHUNK // row)
+    for start in range(0, shape[0], rows):
+        yield view[start : min(start + rows, shape[0])]
+
+
+def _tensor(path: Path, name: str, entry: Any) -> TensorInfo:
+    if not isinstance(entry, dict) or set(entry) != {"dtype", "shape", "data_offsets"}:
+        raise _damaged(path, f"the header's entry for tensor {name!r} is not one of a tensor")
+    dtype, shape, offsets = entry["dtype"], entry["shape"], entry["data_offsets"]
+    if not isinstance(dtype, str) or dtype not in _BITS:
+        raise _damaged(path, f"tensor {name!r} has the unknown dtype {dtype!r}")
+    if not _natural_numbers(shape) or len(shape) > 16 or not _natural_numbers(offsets) or len(offsets) != 2:
+        raise _damaged(path, f"tensor {name!r} has a bad shape or bad offsets")
+    info = TensorInfo(dtype=dtype, shape=tuple(shape), begin=offsets[0], end=offsets[1])
+    if (info.end - info.begin) * 8 != info.elements * _BITS[dtype]:
+        raise _damaged(path, f"tensor {name!r} has {info.end - info.begin} bytes, not those of {dtype} {list(shape)}")
+    return info
+
+
+def _natural_numbers(value: Any) -> bool:
+    return isinstance(value, list) and all(isinstance(n, int) and not isinstance(n, bool) and n >= 0 for n in value)
+
+
+def _no_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    found = dict(pairs)
+    if len(found) != len(pairs):
+        raise ValueError("a key occurs twice")
+    return found
+
+
+def _no_constant(name: str) -> Any:
+    raise ValueError(f"{name} is not a number of JSON")
+
+
+def _lexists(path: Path) -> bool:
+    return os.path.lexists(path)
+
+
+def _damaged(path: Path, why: str) -> UsageError:
+    return UsageError(f"{path} is not a sound safetensors file: {why}", "Copy or download it again.")
