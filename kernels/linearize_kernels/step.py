@@ -1,0 +1,54 @@
+"""One token against the state: decode. Time and bytes do not depend on the number of tokens read.
+
+Shapes: B sequences, S state heads, R query heads per state head, K key heads, W block, F features, V value channels.
+"""
+
+from __future__ import annotations
+
+import torch
+
+
+def step_linear(
+    state: torch.Tensor, k: torch.Tensor, v: torch.Tensor, *, log_decay: torch.Tensor | None
+) -> torch.Tensor:
+    """S <- exp(g) S + k v^T.
+
+    Args:
+        state: [B, S, F, V] float32.
+        k: [B, S, F]; v: [B, S, V].
+        log_decay: g, [B, S] or [B, S, F]; None: no decay.
+    """
+    return _decayed(state, log_decay) + k.unsqueeze(-1) * v.unsqueeze(-2)
+
+
+def step_delta(
+    state: torch.Tensor, k: torch.Tensor, v: torch.Tensor, beta: torch.Tensor, *, log_decay: torch.Tensor | None
+) -> torch.Tensor:
+    """S <- exp(g) S + beta k (v - k exp(g) S)^T; arguments as `step_linear`, beta [B, S]."""
+    state = _decayed(state, log_decay)
+    error = v - torch.einsum("bsf,bsfv->bsv", k, state)
+    return state + (beta.unsqueeze(-1) * k).unsqueeze(-1) * error.unsqueeze(-2)
+
+
+def step_window(
+    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, seen: torch.Tensor, *, scale: float
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Softmax of one query over the stored keys, unnormalised as in window.py.
+
+    Args:
+        q: [B, K, R, D]; k, v: [B, K, M, D]; seen: which of the M stored keys count, [B, M] bool.
+
+    Returns:
+        numerator [B, K, R, D], denominator [B, K, R, 1].
+    """
+    scores = torch.einsum("bkrd,bkmd->bkrm", q, k) * scale
+    scores = scores.masked_fill(~seen[:, None, None], float("-inf"))
+    weights = (scores - scores.amax(dim=-1, keepdim=True)).exp()
+    return torch.einsum("bkrm,bkmd->bkrd", weights, v), weights.sum(dim=-1, keepdim=True)
+
+
+def _decayed(state: torch.Tensor, log_decay: torch.Tensor | None) -> torch.Tensor:
+    if log_decay is None:
+        return state
+    keep = log_decay.exp()
+    return state * (keep[..., None, None] if keep.ndim == 2 else keep[..., None])
