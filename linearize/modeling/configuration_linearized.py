@@ -1,0 +1,147 @@
+"""Configuration of a converted model: the native one, a plan of its layers, and the axes of its mixer, all flat.
+
+A converted Llama has model_type `linearized_llama`; `layer_mixers` says `linear` or `softmax` for every layer, and
+`mixer_<axis>` holds each axis of MixerSpec.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+from transformers.models.llama.configuration_llama import LlamaConfig
+from transformers.models.mistral.configuration_mistral import MistralConfig
+from transformers.models.qwen2.configuration_qwen2 import Qwen2Config
+from transformers.models.qwen3.configuration_qwen3 import Qwen3Config
+
+from .feature_maps import feature_size
+from .mixer_spec import AXES, MixerSpec
+
+PREFIX = "linearized_"
+
+
+@dataclass(kw_only=True)
+class LinearizedFields:
+    """What a converted model's configuration adds. Defaults are those of MixerSpec; see there for the meaning."""
+
+    layer_mixers: list[str] | None = None
+    mixer_feature_map: str = MixerSpec.feature_map
+    mixer_key_map: str = MixerSpec.key_map
+    mixer_feature_dim: int | None = MixerSpec.feature_dim
+    mixer_state_heads: str = MixerSpec.state_heads
+    mixer_rope: bool = MixerSpec.rope
+    mixer_decay: str = MixerSpec.decay
+    mixer_decay_power: float | int = MixerSpec.decay_power
+    mixer_write: str = MixerSpec.write
+    mixer_negative_eigenvalues: bool = MixerSpec.negative_eigenvalues
+    mixer_dt_gain: bool = MixerSpec.dt_gain
+    mixer_normaliser: str = MixerSpec.normaliser
+    mixer_window: int = MixerSpec.window
+    mixer_sinks: int = MixerSpec.sinks
+    mixer_mix: str = MixerSpec.mix
+    mixer_coverage: str = MixerSpec.coverage
+    mixer_window_weight: float | int = MixerSpec.window_weight
+
+    def __post_init__(self, **kwargs: Any) -> None:
+        layers = self.num_hidden_layers  # type: ignore[attr-defined]
+        if self.layer_mixers is None:
+            self.layer_mixers = ["linear"] * layers
+        if len(self.layer_mixers) != layers or set(self.layer_mixers) - {"linear", "softmax"}:
+            raise ValueError(f"layer_mixers: needs {layers} entries, each linear or softmax; got {self.layer_mixers}")
+        super().__post_init__(**kwargs)  # type: ignore[misc]
+
+    def mixer_spec(self) -> MixerSpec:
+        """The mixer of the linear layers.
+
+        Raises:
+            ValueError: the axes contradict each other.
+        """
+        return MixerSpec(**{axis: getattr(self, f"mixer_{axis}") for axis in AXES})
+
+    @property
+    def linear_layers(self) -> list[int]:
+        """Indices of the linear layers."""
+        return [i for i, mixer in enumerate(self.layer_mixers or ()) if mixer == "linear"]
+
+
+class LinearizedLlamaConfig(LinearizedFields, LlamaConfig):
+    """Llama with linear layers."""
+
+    model_type = PREFIX + "llama"
+
+
+class LinearizedMistralConfig(LinearizedFields, MistralConfig):
+    """Mistral with linear layers."""
+
+    model_type = PREFIX + "mistral"
+
+
+class LinearizedQwen2Config(LinearizedFields, Qwen2Config):
+    """Qwen2 with linear layers."""
+
+    model_type = PREFIX + "qwen2"
+
+
+class LinearizedQwen3Config(LinearizedFields, Qwen3Config):
+    """Qwen3 with linear layers."""
+
+    model_type = PREFIX + "qwen3"
+
+
+CONFIGS: dict[str, type] = {
+    "llama": LinearizedLlamaConfig,
+    "mistral": LinearizedMistralConfig,
+    "qwen2": LinearizedQwen2Config,
+    "qwen3": LinearizedQwen3Config,
+}
+NOT_CARRIED = ("model_type", "architectures", "transformers_version", "auto_map", "_name_or_path")
+
+
+def linearized_config(native: Any, *, layer_mixers: list[str], spec: MixerSpec) -> Any:
+    """The converted model's configuration, everything of the teacher's kept.
+
+    Args:
+        native: configuration of a supported family.
+        layer_mixers: `linear` or `softmax` for every layer.
+        spec: the mixer of the linear layers.
+
+    Raises:
+        KeyError: a family without a converted class.
+    """
+    values = {k: v for k, v in native.to_dict().items() if k not in NOT_CARRIED}
+    values |= {f"mixer_{axis}": value for axis, value in spec.as_dict().items()}
+    config = CONFIGS[native.model_type](**values, layer_mixers=list(layer_mixers))
+    config._attn_implementation = native._attn_implementation
+    return config
+
+
+def head_sizes(config: Any) -> tuple[int, int, int]:
+    """Query heads, key/value heads and channels of a head."""
+    heads = config.num_attention_heads
+    width = getattr(config, "head_dim", None) or config.hidden_size // heads
+    return heads, config.num_key_value_heads or heads, width
+
+
+def layer_state_bytes(config: Any, spec: MixerSpec, *, dtype_bytes: int = 2) -> int:
+    """Bytes one linear layer keeps for one sequence; window keys and values in the model's dtype, the rest float32."""
+    heads, kv_heads, width = head_sizes(config)
+    state_heads = heads if spec.state_heads == "query" else kv_heads
+    features = feature_size(spec.feature_map, width, spec.feature_dim)
+    values = width + (spec.normaliser in ("shared", "own"))
+    total = 4 * state_heads * features * values + 2 * (2 * spec.window + spec.sinks) * kv_heads * width * dtype_bytes
+    if spec.lagged:
+        slots = 2 * spec.window * state_heads
+        total += 4 * slots * {"none": 0, "channel": features}.get(spec.decay, 1)
+        total += 4 * slots * (spec.write == "delta")
+    return total + 8  # the position
+
+
+def state_bytes(config: Any, *, dtype_bytes: int = 2) -> int:
+    """Bytes all linear layers keep for one sequence, whatever its length."""
+    return len(config.linear_layers) * layer_state_bytes(config, config.mixer_spec(), dtype_bytes=dtype_bytes)
+
+
+def kv_bytes(config: Any, tokens: int, *, dtype_bytes: int = 2, layers: int | None = None) -> int:
+    """Bytes of a softmax cache of `tokens` for one sequence, in all layers or in `layers` of them."""
+    _, kv_heads, width = head_sizes(config)
+    return 2 * (config.num_hidden_layers if layers is None else layers) * kv_heads * width * tokens * dtype_bytes

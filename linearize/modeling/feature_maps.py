@@ -1,0 +1,103 @@
+"""Feature maps phi: head vectors to features, so that phi(q).phi(k) stands in for exp(q.k / sqrt(D)).
+
+One registry entry a map. Maps with a projection keep one matrix per head, used in the input's dtype (float32).
+Shapes: N sequences, H heads, L tokens, D head channels, F outputs of the projection.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+import torch.nn.functional as nnf
+from torch import nn
+
+from .mixer_spec import LEARNED_MAPS
+
+FLOOR = 1e-12
+"""Least weight of a feature (LoLCATs, arXiv 2410.10254, clamps there): a denominator can then not be zero."""
+EXP_LIMIT = 15.0
+"""hedgehog_exp exponentiates at most this: e^30 times a long sequence is still far from the end of float32."""
+
+
+def _two_sided_softmax(y: torch.Tensor) -> torch.Tensor:
+    return torch.cat((y.softmax(-1), (-y).softmax(-1)), dim=-1).clamp_min(FLOOR)
+
+
+def _two_sided_exp(y: torch.Tensor) -> torch.Tensor:
+    y = y.clamp(-EXP_LIMIT, EXP_LIMIT)
+    return torch.cat((y.exp(), (-y).exp()), dim=-1)
+
+
+def _taylor(y: torch.Tensor) -> torch.Tensor:
+    """[1, y, y_i y_j] with phi(a).phi(b) = 1 + s + s^2 / 2, s = a.b / sqrt(F) (Based, arXiv 2402.18668, eq. 2)."""
+    width = y.shape[-1]
+    y = y * width**-0.25
+    row, column = torch.triu_indices(width, width, device=y.device).unbind()
+    # The square is symmetric: keep j >= i and count the others twice.
+    weight = torch.where(row == column, 0.5**0.5, 1.0)
+    return torch.cat((torch.ones_like(y[..., :1]), y, y[..., row] * y[..., column] * weight), dim=-1)
+
+
+ACTIVATIONS: dict[str, Callable[[torch.Tensor], torch.Tensor]] = {
+    "identity": lambda x: x,
+    "softmax": lambda x: x.softmax(-1),
+    "hedgehog_softmax": _two_sided_softmax,
+    "hedgehog_exp": _two_sided_exp,
+    "relu": lambda y: y.relu().clamp_min(1e-6),
+    "elu": lambda x: 1.0 + nnf.elu(x),
+    "taylor": _taylor,
+    "l2norm": lambda x: nnf.normalize(x, dim=-1, eps=1e-6),
+}
+BIASED = ("hedgehog_exp", "relu")
+SCALED = ("identity", "l2norm")
+"""Maps without a temperature of their own: queries are scaled like the teacher's scores."""
+
+
+def feature_size(name: str, head_dim: int, feature_dim: int | None) -> int:
+    """Number of features the map `name` makes of a head vector."""
+    width = feature_dim or head_dim
+    if name in ("hedgehog_softmax", "hedgehog_exp"):
+        return 2 * width
+    if name == "taylor":
+        return 1 + width + width * (width + 1) // 2
+    return width if name in LEARNED_MAPS else head_dim
+
+
+class FeatureMap(nn.Module):
+    """phi for every head: [N, H, L, D] -> [N, H, L, features], float32."""
+
+    def __init__(self, name: str, heads: int, head_dim: int, feature_dim: int | None) -> None:
+        super().__init__()
+        self.name = name
+        self.activation = ACTIVATIONS[name]
+        if name in LEARNED_MAPS:
+            width = feature_dim or head_dim
+            self.weight = nn.Parameter(torch.empty(heads, head_dim, width))
+            if name in BIASED:
+                self.bias = nn.Parameter(torch.empty(heads, width))
+
+    @torch.no_grad()
+    def initial_values(self) -> dict[str, torch.Tensor]:
+        """What each parameter starts as: the identity, or for Taylor a projection that keeps dot products."""
+        if self.name not in LEARNED_MAPS:
+            return {}
+        heads, head_dim, width = self.weight.shape
+        if self.name == "taylor":
+            # The same matrix for queries and keys (a fixed seed): (qP).(kP)/sqrt(F) then estimates q.k/sqrt(D).
+            draw = torch.randn(head_dim, head_dim, generator=torch.Generator().manual_seed(0))
+            basis = torch.linalg.qr(draw)[0][:, :width] if width < head_dim else torch.eye(head_dim, width)
+            basis = basis * (max(head_dim, width) / min(head_dim, width)) ** 0.25
+        else:
+            basis = torch.eye(head_dim, width)
+        values = {"weight": basis.expand(heads, -1, -1).clone()}
+        if self.name in BIASED:
+            values["bias"] = torch.zeros(heads, width)
+        return values
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        if self.name in LEARNED_MAPS:
+            x = torch.einsum("nhld,hdf->nhlf", x, self.weight.to(x.dtype))
+            if self.name in BIASED:
+                x = x + self.bias.to(x.dtype)[:, None]
+        return self.activation(x)

@@ -1,0 +1,320 @@
+"""Converted models: the native family with linear attention in the layers that the configuration names.
+
+A linear layer is the family's own attention module with its attention function replaced. Projections, biases, q/k
+norms and RoPE are therefore the teacher's code, not a copy of it.
+"""
+
+from __future__ import annotations
+
+import copy
+from typing import Any
+
+import torch
+from torch import nn
+from transformers.modeling_utils import AttentionInterface
+from transformers.models.llama.modeling_llama import LlamaAttention, LlamaForCausalLM, LlamaModel
+from transformers.models.mistral.modeling_mistral import MistralAttention, MistralForCausalLM, MistralModel
+from transformers.models.qwen2.modeling_qwen2 import Qwen2Attention, Qwen2ForCausalLM, Qwen2Model
+from transformers.models.qwen3.modeling_qwen3 import Qwen3Attention, Qwen3ForCausalLM, Qwen3Model
+
+from .cache_linearized import LinearizedCache
+from .configuration_linearized import (
+    LinearizedLlamaConfig,
+    LinearizedMistralConfig,
+    LinearizedQwen2Config,
+    LinearizedQwen3Config,
+    head_sizes,
+)
+from .layout import Layout, packed_layout, padded_layout
+from .mixer import BRANCHES, Mixer
+
+MIXER_ATTENTION = "linearized_mixer"
+
+
+def mixer_attention(
+    module: nn.Module,
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    attention_mask: torch.Tensor | None,
+    *,
+    mixer_call: dict[str, Any],
+    **kwargs: Any,
+) -> tuple[torch.Tensor, None]:
+    """Attention function of linear layers: [B, H, T, D] in, [B, T, H, D] out. The mask came in as `layout`."""
+    return module.mixer(query, key, value, **mixer_call), None  # type: ignore[operator]
+
+
+# Only linear layers' own copies of the configuration name this function, and no mask is ever made for it: padding
+# reaches the mixer as a Layout. So there is nothing to register with AttentionMaskInterface.
+AttentionInterface.register(MIXER_ATTENTION, mixer_attention)
+
+
+class LinearAttentionMixin:
+    """Turns a native attention class into a linear layer."""
+
+    def __init__(self, config: Any, layer_idx: int) -> None:
+        own = copy.copy(config)
+        own._attn_implementation = MIXER_ATTENTION
+        super().__init__(own, layer_idx)  # type: ignore[call-arg]
+        heads, kv_heads, width = head_sizes(config)
+        self.mixer = Mixer(
+            config.mixer_spec(),
+            hidden_size=config.hidden_size,
+            num_heads=heads,
+            num_kv_heads=kv_heads,
+            head_dim=width,
+            scaling=self.scaling,  # type: ignore[attr-defined,has-type]
+        )
+
+    def forward(
+        self,
+        hidden_states: torch.Tensor,
+        position_embeddings: tuple[torch.Tensor, torch.Tensor],
+        attention_mask: torch.Tensor | None = None,
+        past_key_values: Any = None,
+        mixer_layout: Layout | None = None,
+        **kwargs: Any,
+    ) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """As the native forward; the layer's state lies in `past_key_values`, padding in `mixer_layout`."""
+        call = {
+            "inputs": hidden_states,
+            "rotation": position_embeddings,
+            "layout": mixer_layout,
+            "cache": None if past_key_values is None else past_key_values.layers[self.layer_idx],  # type: ignore[attr-defined]
+        }
+        return super().forward(hidden_states, position_embeddings, None, mixer_call=call, **kwargs)  # type: ignore[misc]
+
+
+class MixerInitMixin:
+    """Mixers missing from a checkpoint get their own start values, never transformers' random ones."""
+
+    def _init_weights(self, module: nn.Module) -> None:
+        if isinstance(module, Mixer):
+            module.reset_parameters()
+        else:
+            super()._init_weights(module)  # type: ignore[misc]
+
+
+class LinearizedModelMixin(MixerInitMixin):
+    """Swaps the attention of linear layers and hands them sequences instead of masks."""
+
+    attention_class: type
+
+    def __init__(self, config: Any) -> None:
+        super().__init__(config)  # type: ignore[call-arg]
+        for index in config.linear_layers:
+            self.layers[index].self_attn = self.attention_class(config, index)  # type: ignore[attr-defined]
+        self.post_init()  # type: ignore[attr-defined]
+
+    def forward(
+        self,
+        input_ids: torch.Tensor | None = None,
+        attention_mask: torch.Tensor | None = None,
+        position_ids: torch.Tensor | None = None,
+        past_key_values: Any = None,
+        inputs_embeds: torch.Tensor | None = None,
+        use_cache: bool | None = None,
+        **kwargs: Any,
+    ) -> Any:
+        """As the native forward. Packed documents are told by `position_ids` that start anew."""
+        tokens = input_ids if input_ids is not None else inputs_embeds
+        if tokens is None or (input_ids is not None and inputs_embeds is not None):
+            raise ValueError("You must specify exactly one of input_ids or inputs_embeds")
+        config = self.config  # type: ignore[attr-defined]
+        if use_cache is None:
+            use_cache = config.use_cache and not self.training  # type: ignore[attr-defined]
+        if past_key_values is not None and not isinstance(past_key_values, LinearizedCache):
+            past_key_values = _adopt(past_key_values, config)
+        elif past_key_values is None and use_cache:
+            past_key_values = LinearizedCache(config)
+        layout = sequences(tokens, attention_mask, position_ids, fresh=not _has_read(past_key_values))
+        if position_ids is None and config.linear_layers:
+            position_ids = real_positions(tokens, layout, past_key_values, config.linear_layers[0])
+        if len(config.linear_layers) == config.num_hidden_layers:
+            # No layer reads a mask. A 4D one is handed through as it is, so that none of T x T is ever made.
+            attention_mask = tokens.new_zeros((1, 1, 1, 1), dtype=torch.bool)
+        return super().forward(  # type: ignore[misc]
+            input_ids=input_ids,
+            attention_mask=attention_mask,
+            position_ids=position_ids,
+            past_key_values=past_key_values,
+            inputs_embeds=inputs_embeds,
+            use_cache=use_cache,
+            mixer_layout=layout,
+            **kwargs,
+        )
+
+
+class LinearizedCausalLMMixin(MixerInitMixin):
+    """Model class, cache and generation of a converted causal LM."""
+
+    model_class: type
+    _is_stateful = True  # assisted generation would have to take tokens back, and refuses
+
+    def __init__(self, config: Any) -> None:
+        super().__init__(config)  # type: ignore[call-arg]
+        self.model = self.model_class(config)
+        self.post_init()  # type: ignore[attr-defined]
+
+    def _prepare_cache_for_generation(self, generation_config: Any, model_kwargs: dict[str, Any], *args: Any) -> None:
+        """A fresh LinearizedCache, whatever cache implementation was asked for; a given one is continued."""
+        if model_kwargs.get("past_key_values") is None and generation_config.use_cache is not False:
+            model_kwargs["past_key_values"] = LinearizedCache(self.config)  # type: ignore[attr-defined]
+
+
+def sequences(
+    tokens: torch.Tensor, attention_mask: torch.Tensor | None, position_ids: torch.Tensor | None, *, fresh: bool
+) -> Layout | None:
+    """Where the sequences of a call lie: by the mask's zeros, or by positions that start anew; None: one a row.
+
+    Args:
+        tokens: [B, T] or [B, T, C]; attention_mask: [B, at least T], the last T columns count; position_ids: [B, T].
+        fresh: no cache has been read, so that rows may hold several documents.
+
+    Raises:
+        ValueError: a mask of another shape; linear layers cannot follow an arbitrary 4D mask.
+    """
+    batch, length = tokens.shape[:2]
+    if attention_mask is not None:
+        if attention_mask.ndim != 2 or attention_mask.shape[1] < length:
+            raise ValueError(
+                f"attention_mask: a converted model needs [batch, at least {length}] with 0 at padding, got "
+                f"{tuple(attention_mask.shape)}"
+            )
+        layout = padded_layout(attention_mask[:, -length:])
+        if layout is not None:
+            return layout
+    if position_ids is not None and fresh and length > 1:
+        return packed_layout(position_ids, batch)
+    return None
+
+
+def real_positions(
+    tokens: torch.Tensor, layout: Layout | None, cache: LinearizedCache | None, index: int
+) -> torch.Tensor | None:
+    """Positions that count real tokens alone, [B, T]; None where counting all is the same.
+
+    A softmax layer sees only differences of positions; a feature map of a rotated key sees the position itself.
+    """
+    layer = cache.layers[index] if _has_read(cache) else None  # type: ignore[union-attr]
+    if layout is None and (layer is None or layer.uniform is not None):  # type: ignore[attr-defined]
+        return None
+    batch, length = tokens.shape[:2]
+    real = torch.ones(batch, length, dtype=torch.long, device=tokens.device) if layout is None else layout.real.long()
+    before = 0 if layer is None else layer.tensors["position"][:, None]  # type: ignore[attr-defined]
+    return before + (real.cumsum(1) - 1).clamp_min(0)
+
+
+def set_branches(model: nn.Module, branches: str) -> None:
+    """Run all linear layers with `full`, `window`, `linear` or `none` of their branches (for whole sequences)."""
+    if branches not in BRANCHES:
+        raise ValueError(f"branches: {branches!r} is not one of {', '.join(BRANCHES)}")
+    for mixer in _mixers(model):
+        mixer.branches = branches
+
+
+def attention_layers(model: nn.Module) -> list[tuple[int, nn.Module]]:
+    """Index and attention module of every linear layer."""
+    return [(m.layer_idx, m) for m in model.modules() if isinstance(getattr(m, "mixer", None), Mixer)]  # type: ignore[misc]
+
+
+def _mixers(model: nn.Module) -> list[Mixer]:
+    return [module for module in model.modules() if isinstance(module, Mixer)]
+
+
+def _has_read(cache: Any) -> bool:
+    return cache is not None and cache.get_seq_length() > 0
+
+
+def _adopt(cache: Any, config: Any) -> LinearizedCache:
+    """An empty cache of another kind is replaced by ours; one that has read tokens cannot be."""
+    if _has_read(cache):
+        raise ValueError(
+            f"past_key_values: a converted model continues from a LinearizedCache, not {type(cache).__name__}"
+        )
+    return LinearizedCache(config)
+
+
+class LinearizedLlamaAttention(LinearAttentionMixin, LlamaAttention):
+    """Llama's attention, linear."""
+
+
+class LinearizedMistralAttention(LinearAttentionMixin, MistralAttention):
+    """Mistral's attention, linear."""
+
+
+class LinearizedQwen2Attention(LinearAttentionMixin, Qwen2Attention):
+    """Qwen2's attention, linear."""
+
+
+class LinearizedQwen3Attention(LinearAttentionMixin, Qwen3Attention):
+    """Qwen3's attention, linear."""
+
+
+class LinearizedLlamaModel(LinearizedModelMixin, LlamaModel):
+    """Llama's decoder with linear layers."""
+
+    config: LinearizedLlamaConfig
+    attention_class = LinearizedLlamaAttention
+
+
+class LinearizedMistralModel(LinearizedModelMixin, MistralModel):
+    """Mistral's decoder with linear layers."""
+
+    config: LinearizedMistralConfig
+    attention_class = LinearizedMistralAttention
+
+
+class LinearizedQwen2Model(LinearizedModelMixin, Qwen2Model):
+    """Qwen2's decoder with linear layers."""
+
+    config: LinearizedQwen2Config
+    attention_class = LinearizedQwen2Attention
+
+
+class LinearizedQwen3Model(LinearizedModelMixin, Qwen3Model):
+    """Qwen3's decoder with linear layers."""
+
+    config: LinearizedQwen3Config
+    attention_class = LinearizedQwen3Attention
+
+
+class LinearizedLlamaForCausalLM(LinearizedCausalLMMixin, LlamaForCausalLM):
+    """Llama with linear layers, for generation."""
+
+    config: LinearizedLlamaConfig
+    config_class = LinearizedLlamaConfig
+    model_class = LinearizedLlamaModel
+
+
+class LinearizedMistralForCausalLM(LinearizedCausalLMMixin, MistralForCausalLM):
+    """Mistral with linear layers, for generation."""
+
+    config: LinearizedMistralConfig
+    config_class = LinearizedMistralConfig
+    model_class = LinearizedMistralModel
+
+
+class LinearizedQwen2ForCausalLM(LinearizedCausalLMMixin, Qwen2ForCausalLM):
+    """Qwen2 with linear layers, for generation."""
+
+    config: LinearizedQwen2Config
+    config_class = LinearizedQwen2Config
+    model_class = LinearizedQwen2Model
+
+
+class LinearizedQwen3ForCausalLM(LinearizedCausalLMMixin, Qwen3ForCausalLM):
+    """Qwen3 with linear layers, for generation."""
+
+    config: LinearizedQwen3Config
+    config_class = LinearizedQwen3Config
+    model_class = LinearizedQwen3Model
+
+
+MODELS: dict[str, type] = {
+    "llama": LinearizedLlamaForCausalLM,
+    "mistral": LinearizedMistralForCausalLM,
+    "qwen2": LinearizedQwen2ForCausalLM,
+    "qwen3": LinearizedQwen3ForCausalLM,
+}

@@ -1,0 +1,260 @@
+"""Converted models of every family: logits, padding, generation, saving, training."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+import linearize.modeling
+from linearize.modeling.cache_linearized import LinearizedCache
+from linearize.modeling.configuration_linearized import kv_bytes, linearized_config, state_bytes
+from linearize.modeling.mixer_spec import MixerSpec
+from linearize.modeling.modeling_linearized import MODELS, attention_layers, set_branches
+from tests.modeling.families import FAMILIES, teacher
+from tests.specs import recipe_specs
+
+SPECS = recipe_specs()
+linearize.modeling.register()
+
+
+def convert(native: Any, spec: MixerSpec, layer_mixers: list[str] | None = None) -> Any:
+    """A student with the teacher's weights and fresh, shaken mixers."""
+    plan = layer_mixers or ["linear"] * native.config.num_hidden_layers
+    student = MODELS[native.config.model_type](linearized_config(native.config, layer_mixers=plan, spec=spec)).eval()
+    missing, unexpected = student.load_state_dict(native.state_dict(), strict=False)
+    assert not unexpected and all(".mixer." in name for name in missing)
+    torch.manual_seed(5)
+    for name, p in student.named_parameters():
+        if ".mixer." in name:
+            p.data += 0.1 * torch.randn_like(p)
+    return student
+
+
+def ids(batch: int, length: int, seed: int = 0) -> torch.Tensor:
+    return torch.randint(3, 96, (batch, length), generator=torch.Generator().manual_seed(seed))
+
+
+def relative(got: torch.Tensor, want: torch.Tensor) -> float:
+    return ((got - want).norm() / want.norm()).item()
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+@torch.no_grad()
+def test_all_softmax_is_the_teacher_bit_for_bit(family: str) -> None:
+    """Invariant 10, with and without padding and a cache."""
+    native = teacher(family)
+    student = convert(native, SPECS["lolcats"], ["softmax"] * 3)
+    x, mask = ids(2, 200), torch.ones(2, 200, dtype=torch.long)
+    mask[1, :40] = 0
+    assert torch.equal(student(x).logits, native(x).logits)
+    assert torch.equal(student(x, attention_mask=mask).logits, native(x, attention_mask=mask).logits)
+    options: dict[str, Any] = {"max_new_tokens": 12, "do_sample": False, "attention_mask": mask}
+    assert torch.equal(student.generate(x, **options), native.generate(x, **options))
+
+
+@pytest.mark.parametrize("recipe", ["lolcats", "liger-gla", "gated-deltanet"])
+@pytest.mark.parametrize("family", FAMILIES)
+@torch.no_grad()
+def test_prefill_steps_and_padding(family: str, recipe: str) -> None:
+    student = convert(teacher(family), SPECS[recipe])
+    x, mask = ids(2, 150), torch.ones(2, 150, dtype=torch.long)
+    want = student(x, use_cache=False).logits
+    cache = LinearizedCache(student.config)
+    out = [student(x[:, :70], past_key_values=cache).logits, student(x[:, 70:131], past_key_values=cache).logits]
+    out += [student(x[:, t : t + 1], past_key_values=cache).logits for t in range(131, 150)]
+    assert relative(torch.cat(out, 1), want) < 1e-5
+    mask[1, :37] = 0
+    got = student(x, attention_mask=mask).logits
+    assert relative(got[0], want[0]) < 1e-5
+    assert relative(got[1, 37:], student(x[1:, 37:]).logits[0]) < 1e-5
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+@torch.no_grad()
+def test_packed_documents(family: str) -> None:
+    student = convert(teacher(family), SPECS["lolcats"])
+    x = ids(1, 150)
+    positions = torch.cat((torch.arange(67), torch.arange(83)))[None]
+    got = student(x, position_ids=positions, use_cache=False).logits
+    assert relative(got[:, :67], student(x[:, :67]).logits) < 1e-5
+    assert relative(got[:, 67:], student(x[:, 67:]).logits) < 1e-5
+
+
+@pytest.mark.parametrize("plan", [["linear"] * 3, ["linear", "softmax", "linear"]])
+@pytest.mark.parametrize("recipe", SPECS)
+@torch.no_grad()
+def test_generate(recipe: str, plan: list[str]) -> None:
+    """Greedy with a cache is greedy without; beams, samples, padding, chunked prefill and continuation agree."""
+    student = convert(teacher("llama"), SPECS[recipe], plan)
+    x = ids(2, 90)
+    greedy: dict[str, Any] = {"max_new_tokens": 45, "do_sample": False, "eos_token_id": None}
+    want = student.generate(x, **greedy)
+    assert torch.equal(student.generate(x, use_cache=False, **greedy), want)
+    assert torch.equal(student.generate(x, prefill_chunk_size=32, **greedy), want)
+
+    padded = torch.cat((torch.zeros(2, 20, dtype=torch.long), x), 1)
+    mask = (padded != 0).long()
+    padded[0], mask[0] = torch.cat((ids(1, 20, 9)[0], x[0])), 1
+    got = student.generate(padded, attention_mask=mask, **greedy)
+    assert torch.equal(got[1, 20:], want[1])
+    assert torch.equal(got[0], student.generate(padded[:1], **greedy)[0])
+
+    first = student.generate(x, return_dict_in_generate=True, **{**greedy, "max_new_tokens": 20})
+    rest = student.generate(first.sequences, past_key_values=first.past_key_values, **{**greedy, "max_new_tokens": 25})
+    assert torch.equal(rest, want)
+
+    beams: dict[str, Any] = {"max_new_tokens": 20, "num_beams": 3, "num_return_sequences": 3, "eos_token_id": None}
+    assert torch.equal(student.generate(x, **beams), student.generate(x, use_cache=False, **beams))
+    sample: dict[str, Any] = {"max_new_tokens": 10, "do_sample": True, "top_k": 20, "num_return_sequences": 2}
+    torch.manual_seed(3)
+    one = student.generate(x, **sample)
+    torch.manual_seed(3)
+    assert torch.equal(student.generate(x, **sample), one)
+
+
+@torch.no_grad()
+def test_generate_takes_any_cache_implementation_and_refuses_assistants() -> None:
+    student = convert(teacher("llama"), SPECS["lolcats"])
+    x = ids(1, 30)
+    want = student.generate(x, max_new_tokens=5, do_sample=False)
+    for implementation in ("static", "offloaded", "dynamic"):
+        got = student.generate(x, max_new_tokens=5, do_sample=False, cache_implementation=implementation)
+        assert torch.equal(got, want)
+    with pytest.raises(ValueError, match=r"assisted generation|[Aa]ssisted"):
+        student.generate(x, max_new_tokens=5, assistant_model=teacher("llama"))
+
+
+@torch.no_grad()
+def test_cache_bytes_are_constant_and_as_told() -> None:
+    student = convert(teacher("llama"), SPECS["lolcats"])
+    cache = LinearizedCache(student.config)
+    sizes = []
+    for length in (1, 99, 100, 100):
+        student(ids(1, length), past_key_values=cache)
+        sizes.append(cache.state_bytes)
+    assert set(sizes) == {state_bytes(student.config, dtype_bytes=4)}
+    assert cache.get_seq_length() == 300
+    assert kv_bytes(student.config, 300, dtype_bytes=4) == 2 * 3 * 2 * 16 * 300 * 4
+
+
+@pytest.mark.parametrize("name", SPECS)
+@torch.no_grad()
+def test_told_state_bytes_are_the_real_ones(name: str) -> None:
+    student = convert(teacher("qwen3"), SPECS[name])
+    cache = LinearizedCache(student.config)
+    student(ids(1, 5), past_key_values=cache)
+    assert cache.state_bytes == state_bytes(student.config, dtype_bytes=4)
+
+
+@torch.no_grad()
+def test_foreign_caches_and_masks_are_refused_clearly() -> None:
+    from transformers import DynamicCache
+
+    native = teacher("llama")
+    student = convert(native, SPECS["lolcats"])
+    student(ids(1, 5), past_key_values=DynamicCache(config=student.config))  # empty: replaced
+    used = native(ids(1, 5), use_cache=True).past_key_values
+    with pytest.raises(ValueError, match="LinearizedCache, not DynamicCache"):
+        student(ids(1, 5), past_key_values=used)
+    with pytest.raises(ValueError, match="attention_mask"):
+        student(ids(1, 5), attention_mask=torch.ones(1, 1, 5, 5))
+    with pytest.raises(ValueError, match="not croppable"):
+        student(ids(1, 5), use_cache=True).past_key_values.crop(-1)
+    with pytest.raises(ValueError, match="exactly one"):
+        student()
+    with pytest.raises(ValueError, match="branches"):
+        set_branches(student, "both")
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+@torch.no_grad()
+def test_save_and_load(family: str, tmp_path: Path) -> None:
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    student = convert(teacher(family), SPECS["mamba2"], ["linear", "softmax", "linear"])
+    x = ids(2, 70)
+    student.save_pretrained(tmp_path)
+    config = AutoConfig.from_pretrained(tmp_path)
+    assert config.mixer_spec() == SPECS["mamba2"]
+    assert config.layer_mixers == ["linear", "softmax", "linear"]
+    loaded = AutoModelForCausalLM.from_pretrained(tmp_path)
+    assert type(loaded) is type(student)
+    assert torch.equal(loaded(x).logits, student(x).logits)
+    half = AutoModelForCausalLM.from_pretrained(tmp_path, dtype=torch.bfloat16)
+    assert half(x).logits.isfinite().all()
+
+
+def test_missing_mixers_start_at_their_own_values(tmp_path: Path) -> None:
+    """A teacher's checkpoint loaded as a student: no random and no uninitialised mixer, whatever else is wrong."""
+    native = teacher("llama")
+    config = linearized_config(native.config, layer_mixers=["linear"] * 3, spec=SPECS["lolcats"])
+    native.save_pretrained(tmp_path)
+    student = MODELS["llama"].from_pretrained(tmp_path, config=config)
+    for _, attention in attention_layers(student):
+        for name, value in attention.mixer.initial_values().items():
+            assert torch.equal(attention.mixer.state_dict()[name], value)
+        assert torch.equal(attention.q_proj.weight, native.model.layers[attention.layer_idx].self_attn.q_proj.weight)
+
+
+@pytest.mark.parametrize("recipe", SPECS)
+def test_gradient_checkpointing_changes_nothing(recipe: str) -> None:
+    """Invariant 12, and loss with labels."""
+    student = convert(teacher("llama"), SPECS[recipe], ["linear", "softmax", "linear"]).train()
+    x = ids(2, 100)
+
+    def gradients() -> list[torch.Tensor]:
+        student.zero_grad()
+        loss = student(x, labels=x).loss
+        loss.backward()
+        return [loss.detach(), *(p.grad.clone() for p in student.parameters() if p.grad is not None)]
+
+    plain = gradients()
+    student.gradient_checkpointing_enable()
+    checked = gradients()
+    assert len(plain) == len(checked) > 20
+    for one, other in zip(plain, checked):
+        assert torch.equal(one, other)
+
+
+def test_loss_is_the_mean_over_tokens() -> None:
+    student = convert(teacher("llama"), SPECS["lolcats"])
+    x = ids(2, 40)
+    labels = x.clone()
+    labels[0, :25] = -100
+    with torch.no_grad():
+        out = student(x, labels=labels)
+    log_p = out.logits[:, :-1].log_softmax(-1).gather(2, x[:, 1:, None]).squeeze(2)
+    by_hand = -log_p[labels[:, 1:] != -100].mean()
+    torch.testing.assert_close(out.loss, by_hand)
+
+
+@pytest.mark.slow
+@torch.no_grad()
+def test_compiled_forward(tmp_path: Path) -> None:
+    student = convert(teacher("llama"), SPECS["lolcats"])
+    x = ids(2, 100)
+    want = student(x, use_cache=False).logits
+    compiled = torch.compile(student, backend="aot_eager")
+    assert relative(compiled(x, use_cache=False).logits, want) < 1e-5
+
+
+def test_exported_files_close_over_their_imports(tmp_path: Path) -> None:
+    """The flat files run from a folder of their own, without linearize."""
+    for path in linearize.modeling.export_files():
+        (tmp_path / path.name).write_bytes(path.read_bytes())
+    package = tmp_path / "bundle"
+    package.mkdir()
+    for path in list(tmp_path.glob("*.py")):
+        path.rename(package / path.name)
+    (package / "__init__.py").touch()
+    code = (
+        "import sys; sys.modules['linearize'] = sys.modules['linearize_kernels'] = None; "
+        "import bundle.modeling_linearized as m; print(sorted(m.MODELS))"
+    )
+    done = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True, check=False)
+    assert done.stdout.strip() == str(sorted(MODELS)), done.stderr
