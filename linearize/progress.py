@@ -1,0 +1,45 @@
+"""What a long run tells about itself while it runs."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any, Protocol, runtime_checkable
+
+
+@runtime_checkable
+class Progress(Protocol):
+    """Where the pipeline reports to. Calls come from one thread, a stage at a time."""
+
+    def start(self, stage: str, total_steps: int, tokens_per_step: int) -> None:
+        """A stage begins (or goes on, when resumed): all its steps, and tokens of one step."""
+
+    def step(self, stage: str, step: int, loss: float, tokens: int, extra: Mapping[str, Any]) -> None:
+        """One step is done: `step` steps and `tokens` tokens of the stage are behind us; `extra` holds more numbers."""
+
+    def layer_table(self, rows: Sequence[Mapping[str, Any]]) -> None:
+        """How well each layer is matched, one mapping a layer."""
+
+    def message(self, text: str) -> None:
+        """One line for people."""
+
+    def finish(self, stage: str) -> None:
+        """The stage is over."""
+
+
+class NullProgress:
+    """Says nothing."""
+
+    def start(self, stage: str, total_steps: int, tokens_per_step: int) -> None:
+        """Nothing."""
+
+    def step(self, stage: str, step: int, loss: float, tokens: int, extra: Mapping[str, Any]) -> None:
+        """Nothing."""
+
+    def layer_table(self, rows: Sequence[Mapping[str, Any]]) -> None:
+        """Nothing."""
+
+    def message(self, text: str) -> None:
+        """Nothing."""
+
+    def finish(self, stage: str) -> None:
+        """Nothing."""
