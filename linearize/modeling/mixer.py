@@ -41,6 +41,8 @@ except ImportError:  # an exported model without linearize: the same files lie b
 BRANCHES = ("full", "window", "linear", "none")
 CHUNK = 64
 """Tokens a chunk where no window sets it; a power of two."""
+STRETCH = 2048
+"""Tokens of a prefill that are read at once."""
 TINY = 1e-30
 NORM_EPS = 1e-6
 
@@ -175,6 +177,22 @@ class Mixer(nn.Module):
             inputs = layout.gather(inputs, 1)
             rotation = None if rotation is None else tuple(layout.gather(x, 1) for x in rotation)
             valid = layout.valid
+        if state is None:
+            out = self._stretch(q, k, v, inputs, rotation, None, None)
+        else:
+            # A long prefill in stretches: what is kept for each chunk of a stretch then fits into a cache.
+            pieces = []
+            for a in range(0, q.shape[2], STRETCH):
+                cut = slice(a, a + STRETCH)
+                turned = None if rotation is None else tuple(x[:, cut] for x in rotation)
+                real = None if valid is None else valid[:, cut]
+                heads = q[:, :, cut], k[:, :, cut], v[:, :, cut]
+                pieces.append(self._stretch(*heads, inputs[:, cut], turned, real, state))
+            out = pieces[0] if len(pieces) == 1 else torch.cat(pieces, dim=2)
+        return out if layout is None else layout.scatter(out, 2)
+
+    def _stretch(self, q, k, v, inputs, rotation, valid, state):  # type: ignore[no-untyped-def]
+        """Aligned tokens by the execution that is asked for: out [N, H, L, D]."""
         q, k, v, inputs = _precise(q, k, v, inputs)
         q_lin, k_lin = self.linear_qk(q, k, rotation)
         g, beta = self.gates(inputs, k_lin)
@@ -182,12 +200,10 @@ class Mixer(nn.Module):
         if self.execution == "quadratic" or self.record_weights:
             if state is not None:
                 raise ValueError("the quadratic execution has no state; use_cache must be False")
-            out = self._quadratic(q, k, v, q_lin, k_lin, g, beta, gate)
-        elif state is not None:
-            out = state.extend(q, k, v, q_lin, k_lin, g, beta, gate, valid)
-        else:
-            out = self._chunked(q, k, v, q_lin, k_lin, g, beta, gate)
-        return out if layout is None else layout.scatter(out, 2)
+            return self._quadratic(q, k, v, q_lin, k_lin, g, beta, gate)
+        if state is not None:
+            return state.extend(q, k, v, q_lin, k_lin, g, beta, gate, valid)
+        return self._chunked(q, k, v, q_lin, k_lin, g, beta, gate)
 
     def _chunked(self, q, k, v, q_lin, k_lin, g, beta, gate) -> torch.Tensor:  # type: ignore[no-untyped-def]
         """A whole sequence from its start: out [N, H, L, D]."""

@@ -216,6 +216,20 @@ def test_head_shapes(name: str, heads: int, kv_heads: int, width: int) -> None:
         assert moved.nonzero().flatten().tolist() == list(range(head * group, (head + 1) * group))
 
 
+@pytest.mark.parametrize("name", SPECS)
+@torch.no_grad()
+def test_a_long_prefill_is_read_in_stretches(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """How many tokens are read at once changes nothing, nor where a row's padding ends in a stretch."""
+    mixer, x = build(SPECS[name]), tokens(200)
+    mask = torch.ones(2, 200)
+    mask[1, :137] = 0
+    whole, parts = LinearStateLayer(), LinearStateLayer()
+    want = run(mixer, x, layout=padded_layout(mask), cache=whole)
+    monkeypatch.setattr("linearize.modeling.mixer.STRETCH", 48)
+    assert relative(run(mixer, x, layout=padded_layout(mask), cache=parts), want) < 1e-5
+    assert_same_state(parts, whole)
+
+
 def test_every_pair_counts_once() -> None:
     """Invariant 3: the weights of a shared normaliser are a distribution over all causal pairs, at any length."""
     mixer = build(SPECS["lolcats"])
