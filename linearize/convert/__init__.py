@@ -1,0 +1,1 @@
+"""What makes a linear-time model out of a pretrained one: surgery, alignment, finetuning, export."""

@@ -1,0 +1,294 @@
+"""Alignment: every linear layer learns the teacher's attention, on the hidden states that the teacher's layer reads.
+
+The teacher runs once a micro-batch. After each of its attention layers the student's layer runs on the same input, its
+loss is differentiated at once and its activations are freed, so one layer's activations are held at a time. Layers
+share nothing but the step counter: the gradients are those of the summed loss.
+"""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Callable, Collection, Sequence
+from dataclasses import asdict, dataclass, field
+from functools import partial
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from linearize.convert.capture import TeacherLayer, captured
+from linearize.convert.checkpoint import Checkpoint, Run, pack_state, save, unpack_state
+from linearize.convert.optim import adamw, autocast, clip, derived_uniform, set_learning_rate, trainable
+from linearize.convert.stages import RECENT, StageShape, StageState
+from linearize.convert.surgery import trained_names
+from linearize.data import batches
+from linearize.errors import VerificationError
+from linearize.progress import Progress
+from linearize.recipe import Align
+
+FLOOR = 1e-12
+"""Least attention weight whose logarithm is taken."""
+DEAD_AFTER = 10
+"""Optimiser steps after which a layer must have moved."""
+DIVERGED = 10.0
+"""A running loss this many times the first one has diverged."""
+
+
+@dataclass(kw_only=True)
+class LayerTrack:
+    """How one layer has fared so far."""
+
+    first: float | None = None
+    """Loss of its first step."""
+    loss: float = 0.0
+    """Mean of its last steps."""
+    nmse_first: float | None = None
+    nmse: float = 0.0
+    """Mean of the last steps' |y_student - y_teacher|^2 / |y_teacher|^2, of the heads or of the module."""
+    recent: list[list[float]] = field(default_factory=list)
+    """Loss and normalised error of the last steps."""
+
+    def add(self, loss: float, nmse: float) -> None:
+        """Take in one step."""
+        if self.first is None:
+            self.first, self.nmse_first = loss, nmse
+        self.recent = [*self.recent, [loss, nmse]][-RECENT:]
+        self.loss, self.nmse = (sum(values) / len(self.recent) for values in zip(*self.recent, strict=True))
+
+
+def branches_of(align: Align, *, hidden: bool) -> tuple[str, ...]:
+    """The branches whose losses are summed for one micro-batch; `hidden`: window dropout has struck."""
+    if hidden or align.branch == "linear":
+        return ("linear",)
+    return ("full",) if align.branch == "mix" else ("full", "linear")
+
+
+def window_hidden(align: Align, layer: int, *, seed: int, step: int, micro: int) -> bool:
+    """Whether the layer runs without its window: a function of seed, step, micro-batch and layer alone."""
+    return align.window_dropout > 0 and derived_uniform(seed, "window", step, micro, layer) < align.window_dropout
+
+
+def student_layer(attention: nn.Module, layer: TeacherLayer, branches: str, *, weights: bool) -> tuple[Tensor, ...]:
+    """Run a student's attention on the teacher's input.
+
+    Returns its heads [B, T, H, D], its output [B, T, hidden] and, with `weights`, its row weights [B, H, T, T] (else an
+    empty tensor).
+    """
+    mixer: Any = attention.mixer
+    mixer.branches, mixer.record, mixer.record_weights = branches, True, weights
+    try:
+        kwargs = layer.kwargs | {"attention_mask": None, "past_key_values": None}
+        output = attention(layer.hidden_states, **kwargs)[0]
+        return mixer.last_output, output, mixer.last_weights if weights else output.new_empty(0)
+    finally:
+        mixer.branches, mixer.record, mixer.record_weights = "full", False, False
+        mixer.last_output = mixer.last_weights = None
+
+
+def normalised_error(ours: Tensor, theirs: Tensor) -> Tensor:
+    """mean |ours - theirs|^2 / mean |theirs|^2, in fp32."""
+    theirs = theirs.float()
+    return (ours.float() - theirs).square().mean() / theirs.square().mean().clamp_min(FLOOR)
+
+
+def layer_loss(attention: nn.Module, layer: TeacherLayer, branches: str, objective: str) -> tuple[Tensor, Tensor]:
+    """The loss of one layer, with its graph, and its normalised error (of what is matched), without.
+
+    output:  mean |y - y*|^2 / mean |y*|^2 over the outputs of the heads, before o_proj
+    weights: mean over rows of -sum_j a*_j log a_j
+    hidden:  mean over tokens of |o - o*|_2 / sqrt(hidden), after o_proj
+    """
+    heads, output, weights = student_layer(attention, layer, branches, weights=objective == "weights")
+    if objective == "hidden":
+        distance = (output.float() - layer.output.float()).norm(dim=-1)
+        error = normalised_error(output.detach(), layer.output)  # heads need not agree where o_proj may be trained
+        return distance.mean() * output.shape[-1] ** -0.5, error
+    error = normalised_error(heads, layer.heads)
+    if objective == "output":
+        return error, error.detach()
+    assert layer.weights is not None
+    return -(layer.weights * weights.float().clamp_min(FLOOR).log()).sum(-1).mean(), error.detach()
+
+
+@dataclass(frozen=True, kw_only=True)
+class MicroResult:
+    """One micro-batch: for each layer the loss and normalised error, and whether its window was hidden."""
+
+    losses: Tensor
+    """[layers] fp32, on the device."""
+    errors: Tensor
+    hidden: tuple[bool, ...]
+
+
+def transfer_micro_batch(
+    teacher: Any,
+    attentions: dict[int, nn.Module],
+    ids: Tensor,
+    align: Align,
+    *,
+    hide: Callable[[int], bool] = lambda layer: False,
+    scale: float = 1.0,
+) -> MicroResult:
+    """Run the teacher on ids [B, T]; add `scale` times every layer's gradients to its parameters."""
+    losses, errors, hidden = [], [], []
+
+    def on_layer(layer: TeacherLayer) -> None:
+        attention = attentions[layer.index]
+        struck = hide(layer.index)
+        total: Tensor | None = None
+        error: Tensor | None = None
+        for branches in branches_of(align, hidden=struck):
+            with torch.enable_grad():
+                loss, branch_error = layer_loss(attention, layer, branches, align.objective)
+                # Outside autocast: the mixer's own fp32 products must not be differentiated in bf16.
+                with torch.autocast(ids.device.type, enabled=False):
+                    (loss * scale).backward()
+            total = loss.detach() if total is None else total + loss.detach()
+            error = branch_error if error is None else error
+        assert total is not None and error is not None
+        losses.append(total)
+        errors.append(error)
+        hidden.append(struck)
+
+    with (
+        torch.no_grad(),
+        autocast(ids.device),
+        captured(teacher, list(attentions), on_layer, weights=align.objective == "weights"),
+    ):
+        teacher.model(input_ids=ids, use_cache=False)
+    return MicroResult(losses=torch.stack(losses).float(), errors=torch.stack(errors).float(), hidden=tuple(hidden))
+
+
+def align_layers(
+    student: Any,
+    teacher: Any,
+    *,
+    align: Align,
+    shape: StageShape,
+    micro: int,
+    seed: int,
+    windows: np.ndarray,
+    run: Run,
+    start: Checkpoint | None,
+    progress: Progress,
+) -> StageState:
+    """Train the linear layers of `student` on `windows` [N, T], `micro` windows at a time.
+
+    Raises:
+        VerificationError: a layer did not move, is not finite or diverged; it is named.
+        KeyboardInterrupt: after saving, when a signal asked for it.
+    """
+    from linearize.modeling.modeling_linearized import attention_layers
+
+    attentions = dict(attention_layers(student))
+    members = {i: aligned_names(student, align, [i]) for i in attentions}
+    everything = dict(student.named_parameters())
+    parameters = {name: everything[name] for names in members.values() for name in names}
+    before = {name: p.detach().clone() for name, p in parameters.items()}
+    optimizer = adamw([(parameters.values(), align.lr)], weight_decay=align.weight_decay)
+    state = StageState()
+    if start is not None:
+        unpack_state(start.tensors(), parameters, optimizer)
+        state = StageState(**start.state)
+    tracks = {i: LayerTrack(**state.extra.get(str(i), {})) for i in attentions}
+    device = next(student.parameters()).device
+    begin, first = time.monotonic(), state.step
+    spent = state.seconds
+    with trainable(parameters.values()), run.listening():
+        for step in range(first, shape.steps):
+            set_learning_rate(optimizer, step, steps=shape.steps, warmup=align.warmup, min_lr=align.min_lr)
+            rows = torch.from_numpy(batches(windows, batch_size=shape.batch, seed=seed, step=shape.offset + step))
+            results = []
+            for number, part in enumerate(rows.to(device).long().split(micro)):
+                hide = partial(window_hidden, align, seed=seed, step=step, micro=number)
+                scale = len(part) / shape.batch
+                results.append(transfer_micro_batch(teacher, attentions, part, align, hide=hide, scale=scale))
+            # Each layer by itself: none is slowed down by another one's large gradient.
+            norms = [clip((parameters[n] for n in names), align.clip) for names in members.values()]
+            _take_in(tracks, results, norms, step)
+            optimizer.step()
+            optimizer.zero_grad(set_to_none=True)
+            state.step = step + 1
+            state.seconds = spent + time.monotonic() - begin
+            state.extra = {str(i): asdict(t) for i, t in tracks.items()}
+            rows_of_layers = match(state)
+            if rows_of_layers:
+                state.loss_last = sum(row["loss"] for row in rows_of_layers) / len(rows_of_layers)
+                state.loss_first = state.loss_last if state.loss_first is None else state.loss_first
+            if state.step in (DEAD_AFTER, shape.steps):
+                _check_moved(members, parameters, before, state.step)
+            extra = {}
+            if rows_of_layers:
+                worst = min(rows_of_layers, key=lambda row: row["explained"])
+                extra = {"mean_match": mean_match(state), "worst_match": worst["explained"], "layer": worst["layer"]}
+            tokens = state.step * shape.batch * shape.context
+            progress.step(shape.name, state.step, state.loss_last or 0.0, tokens, extra)
+            if run.due() or state.step == shape.steps:
+                tensors = pack_state(parameters, optimizer)
+                save(run, stage=shape.name, step=state.step, tensors=tensors, state=asdict(state))
+            run.stop_if_interrupted()
+    progress.layer_table(match(state))
+    return state
+
+
+def aligned_names(student: Any, align: Align, layers: Collection[int]) -> list[str]:
+    """The parameters that alignment trains in these layers: inside the attention modules, by `align.train`."""
+    return [n for n in trained_names(student, align.train, layers) if ".self_attn." in n]
+
+
+def match(state: StageState) -> list[dict[str, Any]]:
+    """Per layer: loss and normalised error at the start and now, and the share of the teacher's output explained."""
+    return [
+        {
+            "layer": int(index),
+            "loss_first": track["first"],
+            "loss": track["loss"],
+            "nmse_first": track["nmse_first"],
+            "nmse": track["nmse"],
+            "explained": 1.0 - track["nmse"],
+        }
+        for index, track in state.extra.items()
+        if track["first"] is not None
+    ]
+
+
+def mean_match(state: StageState) -> float | None:
+    """Share of the teacher's attention outputs that is explained (1 - normalised error), mean over the layers."""
+    rows = match(state)
+    return sum(row["explained"] for row in rows) / len(rows) if rows else None
+
+
+def _take_in(tracks: dict[int, LayerTrack], results: Sequence[MicroResult], norms: Sequence[Tensor], step: int) -> None:
+    """Update the tracks; stop on a layer that is not finite or has diverged. One transfer from the device."""
+    table = torch.stack([torch.stack((r.losses, r.errors)) for r in results]).cpu().tolist()
+    finite = torch.stack([n.float().cpu() for n in norms]).isfinite().tolist()
+    for place, (index, track) in enumerate(tracks.items()):
+        values = [(part[0][place], part[1][place]) for part in table]
+        if not finite[place] or not all(math.isfinite(x) for pair in values for x in pair):
+            raise VerificationError(
+                f"layer {index}: the alignment loss or its gradient is not finite at step {step + 1}",
+                "Lower align.lr or align.clip",
+            )
+        seen = [pair for pair, result in zip(values, results, strict=True) if not result.hidden[place]]
+        if not seen:
+            continue
+        track.add(sum(s[0] for s in seen) / len(seen), sum(s[1] for s in seen) / len(seen))
+        if track.first is not None and track.loss > DIVERGED * max(track.first, FLOOR) and track.nmse > 1.0:
+            raise VerificationError(
+                f"layer {index}: the alignment diverged, its loss is {track.loss:.3g} at step {step + 1} and began at "
+                f"{track.first:.3g}",
+                "Lower align.lr",
+            )
+
+
+def _check_moved(
+    members: dict[int, list[str]], parameters: dict[str, nn.Parameter], before: dict[str, Tensor], steps: int
+) -> None:
+    for index, names in members.items():
+        if names and all(torch.equal(parameters[name].detach(), before[name]) for name in names):
+            raise VerificationError(
+                f"layer {index}: alignment moved none of its parameters in {steps} steps",
+                "Check align.train, align.branch and the window against the context",
+            )

@@ -1,0 +1,297 @@
+"""The run folder beside OUT: a lock, what the run is, and the newest checkpoints. Safetensors and JSON only.
+
+.OUT.linearize-run/
+    lock                     held while a convert writes into OUT
+    run.json                 what must be the same for a resume: digests of recipe, data and teacher
+    00-align-00000120/       tensors.safetensors, state.json, and manifest.json, written last
+"""
+
+from __future__ import annotations
+
+import fcntl
+import json
+import os
+import shutil
+import signal
+import threading
+import time
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass, field
+from pathlib import Path
+from types import FrameType
+from typing import Any
+
+import torch
+from safetensors import safe_open
+from safetensors.torch import save_file
+from torch import Tensor, nn
+
+from linearize.artifacts.atomic import atomic_directory, sha256, write_json
+from linearize.errors import RefusedError
+
+STAGES = ("align", "finetune")
+KEEP = 2
+SECONDS = 60.0
+"""Seconds between two checkpoints; more where writing one takes longer than a twentieth of that."""
+MANIFEST = "manifest.json"
+TENSORS = "tensors.safetensors"
+STATE = "state.json"
+RUN = "run.json"
+LOCK = "lock"
+
+
+@dataclass(kw_only=True)
+class Run:
+    """An open, locked run folder."""
+
+    path: Path
+    lock: int
+    """File descriptor that holds the lock."""
+    interrupted: bool = False
+    """Set by a signal; loops finish their step, save and stop."""
+    graceful: bool = False
+    """Whether a loop is running that looks at `interrupted`; elsewhere a signal stops at once."""
+    discard: bool = False
+    """Whether the checkpoints are worthless (a dead or diverged training would only die again)."""
+    last_save: float = field(default_factory=time.monotonic)
+    cost: float = 0.0
+    """Seconds the last save took."""
+
+    @contextmanager
+    def listening(self) -> Iterator[None]:
+        """While a loop looks at `interrupted` after every step, a signal waits for it."""
+        self.graceful = True
+        try:
+            yield
+        finally:
+            self.graceful = False
+
+    def stop_if_interrupted(self) -> None:
+        """Stop here if a signal asked for it; what is to be kept has been saved."""
+        if self.interrupted:
+            raise KeyboardInterrupt
+
+    def due(self) -> bool:
+        """Whether it is time for a checkpoint."""
+        return self.interrupted or time.monotonic() - self.last_save >= max(SECONDS, 20 * self.cost)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Checkpoint:
+    """One verified checkpoint on disk."""
+
+    path: Path
+    stage: str
+    step: int
+    """Optimiser steps done in that stage."""
+    state: dict[str, Any]
+
+    def tensors(self) -> dict[str, Tensor]:
+        """All tensors, on the CPU."""
+        with safe_open(self.path / TENSORS, framework="pt") as file:
+            return {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 - not a mapping
+
+
+def run_folder(out: Path) -> Path:
+    """Where the state of an unfinished conversion into `out` lives."""
+    return out.parent / f".{out.name}.linearize-run"
+
+
+@contextmanager
+def open_run(out: Path) -> Iterator[Run]:
+    """Lock the run folder of `out`; on leaving, it stays only if it holds something to resume from.
+
+    Raises:
+        RefusedError: another process converts into the same OUT, or the folder cannot be made.
+    """
+    path = run_folder(out)
+    made = [parent for parent in path.parents if not parent.exists()]  # innermost first
+    lock = _take_lock(path, out)
+    run = Run(path=path, lock=lock)
+    for leftover in path.glob(".*.tmp-*"):
+        shutil.rmtree(leftover, ignore_errors=True)
+    try:
+        with _signals(run):
+            yield run
+    except BaseException:
+        if run.discard or not _folders(path):
+            shutil.rmtree(path, ignore_errors=True)
+            with suppress(OSError):
+                for parent in made:
+                    parent.rmdir()
+        raise
+    else:
+        shutil.rmtree(path, ignore_errors=True)
+    finally:
+        os.close(lock)
+
+
+def require_no_run(out: Path) -> None:
+    """Refuse early if an unfinished run of `out` lies there.
+
+    Raises:
+        RefusedError: it does.
+    """
+    path = run_folder(out)
+    if _folders(path):
+        raise _unfinished(path)
+
+
+def _unfinished(path: Path) -> RefusedError:
+    return RefusedError(f"{path}: holds an unfinished run", "Add --resume to go on, or delete that folder")
+
+
+def _take_lock(path: Path, out: Path) -> int:
+    while True:
+        try:
+            path.mkdir(parents=True, exist_ok=True)
+            lock = os.open(path / LOCK, os.O_CREAT | os.O_RDWR, 0o644)
+        except OSError as error:
+            raise RefusedError(f"{path}: cannot be written ({error.strerror})", "Choose another OUT") from error
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError as error:
+            os.close(lock)
+            raise RefusedError(f"{out}: another convert writes there", "Wait for it or choose another OUT") from error
+        try:
+            # The folder may have been removed by a run that ended between opening and locking.
+            if os.path.samestat(os.fstat(lock), os.stat(path / LOCK)):
+                return lock
+        except FileNotFoundError:
+            pass
+        os.close(lock)
+
+
+@contextmanager
+def _signals(run: Run) -> Iterator[None]:
+    """SIGINT and SIGTERM let a training loop finish its step and save; a second one stops at once."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+
+    def stop(number: int, frame: FrameType | None) -> None:
+        if run.interrupted or not run.graceful:
+            raise KeyboardInterrupt
+        run.interrupted = True
+
+    before = {number: signal.signal(number, stop) for number in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+def find_start(run: Run, identity: Mapping[str, Any], *, resume: bool) -> Checkpoint | None:
+    """Compare `identity` with what the folder holds; the checkpoint to go on from, or None to begin.
+
+    Raises:
+        RefusedError: there is an unfinished run and `resume` is off, or it is a run of something else.
+    """
+    newest = latest(run)
+    if newest is not None:
+        before = record(run)
+        differing = [key for key, value in identity.items() if before.get(key) != value]
+        if differing:
+            raise RefusedError(
+                f"{run.path}: holds an unfinished run of another conversion; differing: {', '.join(differing)}",
+                "Delete that folder, choose another OUT, or give the same recipe, model and data",
+            )
+        if not resume:
+            raise _unfinished(run.path)
+        return newest
+    for folder in _folders(run.path):
+        shutil.rmtree(folder)
+    return None
+
+
+def record(run: Run) -> dict[str, Any]:
+    """What `write_record` wrote, or nothing."""
+    return _read_json(run.path / RUN) or {}
+
+
+def write_record(run: Run, values: Mapping[str, Any]) -> None:
+    """Say what this run is, and what a resume needs to know before it can load a checkpoint."""
+    write_json(run.path / RUN, dict(values))
+
+
+def save(run: Run, *, stage: str, step: int, tensors: Mapping[str, Tensor], state: Mapping[str, Any]) -> None:
+    """Write a checkpoint atomically and drop all but the newest `KEEP`."""
+    begin = time.monotonic()
+    final = run.path / f"{STAGES.index(stage):02d}-{stage}-{step:08d}"
+    if final.exists():
+        shutil.rmtree(final)
+    with atomic_directory(final) as folder:
+        save_file({name: t.detach().cpu().contiguous() for name, t in tensors.items()}, folder / TENSORS)
+        write_json(folder / STATE, dict(state))
+        files = {name: sha256(folder / name) for name in (TENSORS, STATE)}
+        write_json(folder / MANIFEST, {"stage": stage, "step": step, "files": files})
+    for old in _folders(run.path)[:-KEEP]:
+        shutil.rmtree(old, ignore_errors=True)
+    run.last_save = time.monotonic()
+    run.cost = run.last_save - begin
+
+
+def latest(run: Run) -> Checkpoint | None:
+    """The newest checkpoint whose files are those of its manifest; a damaged one is passed over."""
+    for folder in reversed(_folders(run.path)):
+        manifest = _read_json(folder / MANIFEST)
+        if manifest is None or set(manifest.get("files", ())) != {TENSORS, STATE}:
+            continue
+        digests = manifest["files"].items()
+        if all((folder / name).is_file() and sha256(folder / name) == digest for name, digest in digests):
+            state = json.loads((folder / STATE).read_text())
+            return Checkpoint(path=folder, stage=manifest["stage"], step=manifest["step"], state=state)
+    return None
+
+
+def _folders(path: Path) -> list[Path]:
+    return sorted(p for p in path.glob("[0-9][0-9]-*-*") if p.is_dir())
+
+
+def _read_json(path: Path) -> dict[str, Any] | None:
+    try:
+        value = json.loads(path.read_text())
+    except (OSError, ValueError):
+        return None
+    return value if isinstance(value, dict) else None
+
+
+def pack_state(parameters: Mapping[str, nn.Parameter], optimizer: torch.optim.Optimizer | None) -> dict[str, Tensor]:
+    """Parameters and what the optimiser remembers of them, under flat names."""
+    tensors: dict[str, Tensor] = {}
+    for name, parameter in parameters.items():
+        tensors[f"parameter/{name}"] = parameter
+        if optimizer is not None:
+            for key, value in optimizer.state.get(parameter, {}).items():
+                tensors[f"optimizer/{key}/{name}"] = value
+    return tensors
+
+
+def unpack_state(
+    tensors: Mapping[str, Tensor], parameters: Mapping[str, nn.Parameter], optimizer: torch.optim.Optimizer | None
+) -> None:
+    """Put back what `pack_state` took. Every parameter must be there, in its own shape.
+
+    Raises:
+        RefusedError: the checkpoint does not fit the model.
+    """
+    with torch.no_grad():
+        for name, parameter in parameters.items():
+            value = tensors.get(f"parameter/{name}")
+            if value is None or value.shape != parameter.shape:
+                raise RefusedError(f"the checkpoint does not hold {name} as the model needs it", "Start over")
+            parameter.copy_(value)
+    if optimizer is None:
+        return
+    owned = {id(p) for group in optimizer.param_groups for p in group["params"]}
+    for full_name, value in tensors.items():
+        kind, _, rest = full_name.partition("/")
+        if kind != "optimizer":
+            continue
+        key, _, name = rest.partition("/")
+        parameter = parameters[name]
+        if id(parameter) in owned:
+            # AdamW keeps its step counts on the CPU and its moments beside the parameter.
+            optimizer.state[parameter][key] = value if key == "step" else value.to(parameter.device)

@@ -1,0 +1,271 @@
+"""Finetuning: the whole student on next tokens, on the teacher's logits, or on both.
+
+Logits are never held for all tokens at once: the loss is differentiated piece by piece back to the last hidden state,
+and from there through the model.
+"""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import numpy as np
+import torch
+import torch.nn.functional as nnf
+from torch import Tensor, nn
+
+from linearize.convert.checkpoint import Checkpoint, Run, pack_state, save, unpack_state
+from linearize.convert.lora import inject
+from linearize.convert.optim import adamw, autocast, clip, derived_seed, set_learning_rate, trainable
+from linearize.convert.stages import RECENT, StageShape, StageState
+from linearize.convert.surgery import trained_names
+from linearize.data import batches
+from linearize.errors import UsageError, VerificationError
+from linearize.progress import Progress
+from linearize.recipe import Finetune
+
+IGNORE = -100
+"""Label of a position that no loss is taken at."""
+PIECE = 2048
+"""Tokens whose logits are held at once."""
+DEAD_AFTER = 10
+DIVERGED = 4.0
+"""Nats by which the running loss may exceed its lowest value."""
+
+
+def token_losses(logits: Tensor, labels: Tensor, teacher_logits: Tensor | None) -> tuple[Tensor, Tensor]:
+    """Sums over tokens of the cross-entropy and of KL(teacher || student), each a fp32 scalar.
+
+    Args:
+        logits: [N, V] of the student, any float dtype; log-softmax is taken in fp32.
+        labels: [N]; tokens labelled -100 count for neither sum.
+        teacher_logits: [N, V], or None for no KL (the sum is then 0).
+    """
+    log_p = nnf.log_softmax(logits.float(), dim=-1)
+    cross_entropy = nnf.nll_loss(log_p, labels, ignore_index=IGNORE, reduction="sum")
+    if teacher_logits is None:
+        return cross_entropy, cross_entropy.new_zeros(())
+    log_q = nnf.log_softmax(teacher_logits.float(), dim=-1)
+    per_token = nnf.kl_div(log_p, log_q, reduction="none", log_target=True).sum(-1)
+    return cross_entropy, torch.where(labels != IGNORE, per_token, 0.0).sum()
+
+
+def shifted_labels(ids: Tensor) -> Tensor:
+    """The next token of every position, -100 at the last: [B, T] -> [B, T]."""
+    return torch.cat((ids[:, 1:], ids.new_full((len(ids), 1), IGNORE)), dim=1)
+
+
+def backward_losses(
+    student: Any, teacher: Any | None, ids: Tensor, labels: Tensor, *, ce: float, kl: float, scale: float
+) -> tuple[Tensor, Tensor]:
+    """Add the gradients of scale * (ce * sum CE + kl * sum KL) over ids, labels [B, T]; both sums, without graph."""
+    with autocast(ids.device):
+        hidden = student.model(input_ids=ids, use_cache=False).last_hidden_state
+        target = None
+        if teacher is not None and kl > 0:
+            with torch.no_grad():
+                target = teacher.model(input_ids=ids, use_cache=False).last_hidden_state.flatten(0, 1)
+    leaf = hidden.detach().flatten(0, 1).requires_grad_()
+    flat = labels.flatten()
+    sums = [torch.zeros((), device=ids.device) for _ in range(2)]
+    for begin in range(0, len(flat), PIECE):
+        part = slice(begin, begin + PIECE)
+        with autocast(ids.device):
+            logits = student.lm_head(leaf[part])
+            with torch.no_grad():
+                theirs = None if target is None or teacher is None else teacher.lm_head(target[part])
+        ce_sum, kl_sum = token_losses(logits, flat[part], theirs)
+        ((ce * ce_sum + kl * kl_sum) * scale).backward()
+        sums[0] += ce_sum.detach()
+        sums[1] += kl_sum.detach()
+    assert leaf.grad is not None
+    hidden.backward(leaf.grad.view_as(hidden))
+    return sums[0], sums[1]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Trained:
+    """What finetuning trains."""
+
+    full: dict[str, nn.Parameter]
+    """In full, by name."""
+    adapters: dict[str, nn.Parameter]
+    """Low-rank, by name."""
+
+    @property
+    def parameters(self) -> dict[str, nn.Parameter]:
+        """Both."""
+        return self.full | self.adapters
+
+
+def prepare(student: Any, finetune: Finetune, *, seed: int) -> Trained:
+    """Put the adapters in and find what `full` names.
+
+    Raises:
+        UsageError: nothing to train, a name the model does not have, or a module that is named for both.
+    """
+    full_names = trained_names(student, finetune.full)
+    for wanted in finetune.full:
+        if wanted != "mixer" and not trained_names(student, [wanted]):
+            raise UsageError(f"finetune.full: the model has no module {wanted!r}")
+    if finetune.lora is not None and (both := sorted(set(finetune.full) & set(finetune.lora.targets))):
+        raise UsageError(f"finetune.full: {both[0]} has a LoRA adapter too", "Name it in one of the two")
+    adapters = {} if finetune.lora is None else inject(student, finetune.lora, seed=seed)
+    named = dict(student.named_parameters())
+    trained = Trained(full={name: named[name] for name in full_names}, adapters=adapters)
+    if not trained.parameters:
+        raise UsageError("finetune: nothing of this model is trained", "Set finetune.lora, or finetune.tokens=0")
+    return trained
+
+
+@contextmanager
+def training_mode(student: Any, *, checkpointing: bool) -> Iterator[None]:
+    """Training mode for dropout of adapters and recomputation; the teacher's own attention dropout stays off."""
+    dropouts = {m: m.attention_dropout for m in student.modules() if hasattr(m, "attention_dropout")}
+    student.train()
+    for module in dropouts:
+        module.attention_dropout = 0.0
+    if checkpointing:
+        student.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+    try:
+        yield
+    finally:
+        if checkpointing:
+            student.gradient_checkpointing_disable()
+        for module, value in dropouts.items():
+            module.attention_dropout = value
+        student.eval()
+
+
+def finetune_model(
+    student: Any,
+    teacher: Any,
+    trained: Trained,
+    *,
+    finetune: Finetune,
+    shape: StageShape,
+    micro: int,
+    seed: int,
+    windows: np.ndarray,
+    checkpointing: bool,
+    keep: dict[str, nn.Parameter],
+    carried: dict[str, Any],
+    run: Run,
+    start: Checkpoint | None,
+    progress: Progress,
+) -> StageState:
+    """Train `trained` on `windows` [N, T], `micro` windows at a time.
+
+    `keep` are parameters that an earlier stage trained and this one may not, `carried` plain values of that stage:
+    checkpoints hold both as well.
+
+    Raises:
+        VerificationError: the loss or a gradient is not finite, the loss diverged, or nothing moved.
+        KeyboardInterrupt: after saving, when a signal asked for it.
+    """
+    parameters = trained.parameters
+    groups = [(trained.full.values(), finetune.full_lr or finetune.lr), (trained.adapters.values(), finetune.lr)]
+    optimizer = adamw(groups, weight_decay=finetune.weight_decay)
+    before = {name: p.detach().clone() for name, p in parameters.items()}
+    stored = keep | parameters
+    state = StageState(extra=dict(carried))
+    if start is not None:
+        unpack_state(start.tensors(), stored, optimizer)
+        state = StageState(**start.state)
+    device = next(student.parameters()).device
+    begin, first, spent = time.monotonic(), state.step, state.seconds
+    with trainable(parameters.values()), training_mode(student, checkpointing=checkpointing), run.listening():
+        for step in range(first, shape.steps):
+            set_learning_rate(optimizer, step, steps=shape.steps, warmup=finetune.warmup, min_lr=finetune.min_lr)
+            rows = torch.from_numpy(batches(windows, batch_size=shape.batch, seed=seed, step=shape.offset + step))
+            ids = rows.to(device).long()
+            labels = shifted_labels(ids)
+            tokens = int((labels != IGNORE).sum())
+            sums = []
+            for number, (part, part_labels) in enumerate(zip(ids.split(micro), labels.split(micro), strict=True)):
+                torch.manual_seed(derived_seed(seed, "dropout", step, number))
+                sums.append(
+                    torch.stack(
+                        backward_losses(
+                            student, teacher, part, part_labels, ce=finetune.ce, kl=finetune.kl, scale=1.0 / tokens
+                        )
+                    )
+                )
+            norm = clip(parameters.values(), finetune.clip)
+            ce_mean, kl_mean, size = [*(torch.stack(sums).sum(0) / tokens).tolist(), float(norm)]
+            _take_in(state, ce_mean, kl_mean, finetune, size, parameters, step)
+            optimizer.step()
+            optimizer.zero_grad(set_to_none=True)
+            state.step = step + 1
+            state.seconds = spent + time.monotonic() - begin
+            if state.step in (DEAD_AFTER, shape.steps):
+                _check_moved(parameters, before, state.step)
+            extra = {"ce": ce_mean} | ({"kl": kl_mean} if finetune.kl > 0 else {})
+            tokens_done = state.step * shape.batch * shape.context
+            progress.step(shape.name, state.step, state.loss_last or 0.0, tokens_done, extra)
+            if run.due() or state.step == shape.steps:
+                tensors = pack_state(stored, optimizer)
+                save(run, stage=shape.name, step=state.step, tensors=tensors, state=asdict(state))
+            run.stop_if_interrupted()
+    return state
+
+
+def _take_in(
+    state: StageState,
+    ce_mean: float,
+    kl_mean: float,
+    finetune: Finetune,
+    norm: float,
+    parameters: dict[str, nn.Parameter],
+    step: int,
+) -> None:
+    """Update the running figures; stop where the training has died."""
+    loss = finetune.ce * ce_mean + finetune.kl * kl_mean
+    if not math.isfinite(loss) or not math.isfinite(norm):
+        bad = next((n for n, p in parameters.items() if p.grad is not None and not bool(p.grad.isfinite().all())), None)
+        where = "" if bad is None else f", first in {bad}"
+        raise VerificationError(
+            f"finetuning: the loss or its gradient is not finite at step {step + 1}{where}", "Lower finetune.lr"
+        )
+    if step < RECENT:
+        state.loss_first = ((state.loss_first or 0.0) * step + loss) / (step + 1)
+    recent = [*state.extra.get("recent", []), [loss, ce_mean, kl_mean]][-RECENT:]
+    state.loss_last, ce_last, kl_last = (sum(values) / len(recent) for values in zip(*recent, strict=True))
+    state.extra |= {"recent": recent, "ce_last": ce_last} | ({"kl_last": kl_last} if finetune.kl > 0 else {})
+    lowest = min(state.extra.get("loss_lowest", math.inf), state.loss_last)
+    if state.loss_last > lowest + DIVERGED * max(finetune.ce, finetune.kl):
+        raise VerificationError(
+            f"finetuning diverged: its loss is {state.loss_last:.3g} at step {step + 1} and was {lowest:.3g}",
+            "Lower finetune.lr",
+        )
+    state.extra["loss_lowest"] = lowest
+
+
+def _check_moved(parameters: dict[str, nn.Parameter], before: dict[str, Tensor], steps: int) -> None:
+    """Every decoder layer with trained parameters must have moved."""
+    groups: dict[str, list[str]] = {}
+    for name in parameters:
+        groups.setdefault(_layer_of(name), []).append(name)
+    for group, names in groups.items():
+        if all(torch.equal(parameters[name].detach(), before[name]) for name in names):
+            raise VerificationError(f"{group}: finetuning moved none of its parameters in {steps} steps")
+
+
+def _layer_of(name: str) -> str:
+    parts = name.split(".")
+    return f"layer {parts[2]}" if parts[:2] == ["model", "layers"] else name
+
+
+def kept_names(names: Sequence[str], student: Any) -> dict[str, nn.Parameter]:
+    """Parameters by the names they had before adapters wrapped their modules, under the names they have now."""
+    named = dict(student.named_parameters())
+    found = {}
+    for name in names:
+        parent, _, leaf = name.rpartition(".")
+        now = name if name in named else f"{parent}.base_layer.{leaf}"
+        found[now] = named[now]
+    return found

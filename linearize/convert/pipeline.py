@@ -1,0 +1,200 @@
+"""The whole conversion: refusals first, then surgery, alignment, finetuning, merge, export and verification.
+
+    teacher (fp32, frozen) --surgery--> student (shares every frozen weight) --align--> --finetune--> merge --> OUT
+
+Everything random is derived from the recipe's seed and a step number, so a resumed run repeats the uninterrupted one.
+"""
+
+from __future__ import annotations
+
+import gc
+import os
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from linearize.artifacts.atomic import atomic_directory, require_empty
+from linearize.artifacts.load import load_model, select_device
+from linearize.convert import checkpoint, export
+from linearize.convert.align import align_layers, aligned_names
+from linearize.convert.checkpoint import Checkpoint, Run, open_run
+from linearize.convert.finetune import Trained, finetune_model, kept_names, prepare
+from linearize.convert.inputs import Inputs, gather, identity_of
+from linearize.convert.optim import deterministic
+from linearize.convert.preflight import preflight
+from linearize.convert.report import card_facts, make_report, provenance
+from linearize.convert.stages import StageState, shown, timed
+from linearize.convert.surgery import SurgeryReport, linearize_model, trained_names
+from linearize.convert.verify import expect, verify_export
+from linearize.errors import VerificationError
+from linearize.progress import NullProgress, Progress
+from linearize.recipe import Recipe, load_recipe
+
+PROBE = 256
+"""Most tokens of a row of the windows on which merge and reload are compared."""
+
+
+def convert(
+    model: str | os.PathLike[str],
+    out: str | os.PathLike[str],
+    *,
+    recipe: Recipe | str,
+    data: str,
+    overrides: Sequence[str] | Mapping[str, Any] = (),
+    resume: bool = False,
+    progress: Progress | None = None,
+) -> dict[str, Any]:
+    """Convert `model` into a linear-time model in the folder `out`.
+
+    Returns the report: seconds, tokens and losses of each stage, match of each layer, merge error, verification, sizes.
+
+    Raises:
+        UsageError: bad input. RefusedError: refused before any work. VerificationError: the training died, or the
+            export is not what was trained. KeyboardInterrupt: interrupted; what was trained is saved for `resume`.
+    """
+    chosen = recipe if isinstance(recipe, Recipe) and not overrides else load_recipe(recipe, overrides)
+    watch = progress or NullProgress()
+    target = Path(os.path.abspath(out))
+    begin = time.monotonic()
+    require_empty(target)
+    if not resume:
+        checkpoint.require_no_run(target)
+    device = select_device(chosen.device)
+    inputs = gather(model, target, chosen, data, device)
+    identity = identity_of(inputs)
+    with open_run(target) as run, deterministic(), _no_bars(), torch.random.fork_rng(devices=_devices(device)):
+        require_empty(target)
+        start = checkpoint.find_start(run, identity, resume=resume)
+        if start is not None:
+            watch.message(f"going on from step {start.step} of {start.stage}")
+        report = _convert(inputs, run, start, identity, watch)
+    report["seconds"]["total"] = time.monotonic() - begin
+    return report
+
+
+def _convert(
+    inputs: Inputs, run: Run, start: Checkpoint | None, identity: dict[str, str], watch: Progress
+) -> dict[str, Any]:
+    """Everything from loading the teacher on."""
+    seconds: dict[str, float] = {}
+    with timed(seconds, "load"):
+        teacher = load_model(inputs.folder, device=inputs.device, dtype=torch.float32)
+        teacher.requires_grad_(False)
+        student, surgery = _operate(inputs, teacher)
+    for shape in inputs.shapes:
+        if shape.skipped:
+            watch.message(f"{shape.name} is skipped: {shape.skipped}")
+    with timed(seconds, "preflight"):
+        micro = checkpoint.record(run).get("micro") if start is not None else None
+        if micro is None:
+            micro = preflight(inputs, student, teacher)
+        checkpoint.write_record(run, identity | {"micro": micro})
+    try:
+        aligned, finetuned, trained = _train(inputs, run, start, micro, student, teacher, watch)
+    except VerificationError:
+        run.discard = True
+        raise
+    del teacher
+    _free(inputs.device)
+    seconds |= {"align": aligned.seconds, "finetune": finetuned.seconds}
+    ids = torch.from_numpy(inputs.windows[:2, :PROBE]).to(inputs.device).long()
+    with timed(seconds, "merge"):
+        errors = export.merge(student, ids, inputs.dtype)
+    report = make_report(inputs, student, surgery, trained, aligned, finetuned, errors, seconds)
+    with atomic_directory(inputs.out) as folder:
+        with timed(seconds, "export"):
+            export.write_export(folder, student, teacher_folder=inputs.folder, facts=card_facts(inputs, report))
+        with timed(seconds, "verify"):
+            watch.message("loading the export in fresh processes")
+            expected = expect(student, inputs.tokenizer, ids)
+            student.to("cpu")
+            _free(inputs.device)  # the fresh processes need the memory
+            report["verification"] = verify_export(folder, expected, device=inputs.device)
+        export.finish_export(folder, provenance(inputs, identity, report))
+    return report
+
+
+def _operate(inputs: Inputs, teacher: Any) -> tuple[Any, SurgeryReport]:
+    recipe, layout = inputs.recipe, inputs.layout
+    owned = {
+        *aligned_names(layout.student, recipe.align, layout.linear),
+        *trained_names(layout.student, recipe.finetune.full),
+    }
+    return linearize_model(
+        teacher, spec=recipe.mixer, layer_mixers=layout.mixers, seed=recipe.seed, own=owned.__contains__
+    )
+
+
+def _train(
+    inputs: Inputs,
+    run: Run,
+    start: Checkpoint | None,
+    micro: dict[str, int],
+    student: Any,
+    teacher: Any,
+    watch: Progress,
+) -> tuple[StageState, StageState, Trained]:
+    """Both stages, each from where `start` left it."""
+    recipe = inputs.recipe
+    align, finetune = inputs.shapes
+    aligned, finetuned = StageState(), StageState()
+    in_finetune = start is not None and start.stage == "finetune"
+    common: dict[str, Any] = {"seed": recipe.seed, "windows": inputs.windows, "run": run, "progress": watch}
+    if align.steps and not in_finetune:
+        with shown(watch, align):
+            aligned = align_layers(
+                student, teacher, align=recipe.align, shape=align, micro=micro["align"], start=start, **common
+            )
+        start = None
+    if not finetune.steps:
+        return aligned, finetuned, Trained(full={}, adapters={})
+    if in_finetune and start is not None:
+        aligned = StageState(**start.state["extra"]["align"])
+    names = aligned_names(student, recipe.align, inputs.layout.linear) if align.steps else []
+    trained = prepare(student, recipe.finetune, seed=recipe.seed)
+    keep = {n: p for n, p in kept_names(names, student).items() if n not in trained.parameters}
+    with shown(watch, finetune):
+        finetuned = finetune_model(
+            student,
+            teacher,
+            trained,
+            finetune=recipe.finetune,
+            shape=finetune,
+            micro=micro["finetune"],
+            checkpointing=recipe.gradient_checkpointing,
+            keep=keep,
+            carried={"align": asdict(aligned)},
+            start=start,
+            **common,
+        )
+    return aligned, finetuned, trained
+
+
+def _free(device: torch.device) -> None:
+    """Give unused memory back to the device."""
+    gc.collect()
+    if device.type == "cuda":
+        torch.cuda.empty_cache()
+
+
+def _devices(device: torch.device) -> list[torch.device]:
+    return [device] if device.type == "cuda" else []
+
+
+@contextmanager
+def _no_bars() -> Iterator[None]:
+    """Without transformers' own progress bars, which would break into ours."""
+    from transformers.utils import logging
+
+    shown_before = logging.is_progress_bar_enabled()
+    logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        if shown_before:
+            logging.enable_progress_bar()

@@ -1,0 +1,261 @@
+"""What a conversion would do, and what a model would gain: from configs and headers alone, no weight is loaded."""
+
+from __future__ import annotations
+
+import math
+import os
+from pathlib import Path
+from typing import Any
+
+from linearize.convert.checkpoint import KEEP
+from linearize.convert.families import check_fit, family_of, head_dim
+from linearize.convert.finetune import PIECE
+from linearize.convert.lora import target_modules
+from linearize.convert.stages import StageShape, stage_shape
+from linearize.convert.surgery import LINEAR, account, empty_student, mixer_plan, student_config, trained_names
+from linearize.errors import UsageError
+from linearize.recipe import Recipe
+
+CONTEXTS = (2_048, 32_768, 131_072)
+DTYPE_BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
+
+
+def stage_shapes(recipe: Recipe, *, alignable: bool) -> tuple[StageShape, StageShape]:
+    """Alignment and finetuning; `alignable`: whether the linear layers have parameters that `align.train` names."""
+    skip = None if alignable else "no linear layer has a parameter that align.train names"
+    align = stage_shape(
+        "align",
+        tokens=recipe.align.tokens,
+        batch_tokens=recipe.align.batch_tokens,
+        context=recipe.context,
+        skip=skip,
+    )
+    finetune = stage_shape(
+        "finetune",
+        tokens=recipe.finetune.tokens,
+        batch_tokens=recipe.finetune.batch_tokens,
+        context=recipe.context,
+        after=align,
+    )
+    return align, finetune
+
+
+def make_plan(
+    model: str | os.PathLike[str], *, recipe: Recipe, data: str | None = None, out: str | os.PathLike[str] | None = None
+) -> dict[str, Any]:
+    """Layers, parameters, tokens, memory and disk of a conversion; nothing is started or written.
+
+    Returns plain values: family, layers [{index, from, to, heads, kv_heads, head_dim, feature_dim, state_bytes,
+    new_parameters}], parameters, new_parameters, trained {align, finetune}, tokens and steps of both stages, notes,
+    memory_bytes (of training, an estimate for one window at a time), disk_bytes.
+
+    Raises:
+        UsageError: no such model, an unsupported family, or a recipe that does not fit. RefusedError: OUT is not empty,
+            or the checkpoint is incomplete.
+    """
+    from linearize.artifacts.atomic import require_empty
+    from linearize.artifacts.load import check_checkpoint, resolve
+    from linearize.artifacts.weights import read_tensors
+    from linearize.data import load_source
+    from linearize.modeling.configuration_linearized import kv_bytes
+
+    folder = resolve(model)
+    check_checkpoint(folder, finite=False)
+    config, dtype = teacher_config(folder)
+    if out is not None:
+        require_empty(out)
+    if data is not None:
+        load_source(data, limit_bytes=1)  # that it can be read, and no more
+    layout = Layout.of(config, recipe)
+    dropped = account(read_tensors(folder), native_keys(config), config)
+    export = dtype if recipe.dtype == "auto" else recipe.dtype
+    sizes = layout.sizes()
+    align, finetune = stage_shapes(recipe, alignable=sizes["align"] > 0)
+    trained = {shape.name: sizes[shape.name] if shape.steps else 0 for shape in (align, finetune)}
+    rows = layout.rows(DTYPE_BYTES[export])
+    state = sum(row["state_bytes"] for row in rows)
+    return {
+        "model": str(model),
+        "recipe": recipe.name,
+        "family": config.model_type,
+        "layers": rows,
+        "parameters": sizes["teacher"] + sizes["new"],
+        "new_parameters": sizes["new"],
+        "trained": trained,
+        "context": recipe.context,
+        "tokens": {"align": align.tokens, "finetune": finetune.tokens},
+        "steps": {"align": align.steps, "finetune": finetune.steps},
+        "skipped": {s.name: s.skipped for s in (align, finetune) if s.skipped},
+        "notes": layout.notes,
+        "dropped": dropped,
+        "export_dtype": export,
+        "state_bytes": state,
+        "kv_bytes_at_context": kv_bytes(config, recipe.context, dtype_bytes=DTYPE_BYTES[export]),
+        "memory_bytes": training_bytes(config, recipe, sizes),
+        "disk_bytes": disk_bytes(sizes, DTYPE_BYTES[export]),
+        "data": data,
+        "out": None if out is None else str(out),
+    }
+
+
+def inspect(model: str | os.PathLike[str], recipe: Recipe | None = None) -> dict[str, Any]:
+    """What a model is and, with a recipe or for a converted model, what its state costs against a key/value cache.
+
+    Returns family, parameters, dtype, layers, kv_bytes {tokens: bytes} of the teacher's cache for one sequence, and,
+    where there are linear layers, state_bytes, softmax_kv_bytes {tokens: bytes} of the layers that stay softmax, and
+    break_even_context: the tokens from which the state is smaller than the cache it replaces.
+    """
+    from linearize.artifacts.load import check_checkpoint, resolve
+    from linearize.artifacts.weights import read_tensors
+    from linearize.modeling.configuration_linearized import kv_bytes, state_bytes
+
+    folder = resolve(model)
+    check_checkpoint(folder, finite=False)
+    config, dtype = teacher_config(folder)
+    converted = str(config.model_type).startswith("linearized_")
+    if converted and recipe is not None:
+        raise UsageError(f"{model} is already linearized", "Inspect it without --recipe")
+    found: dict[str, Any] = {
+        "model": str(model),
+        "family": config.model_type,
+        "parameters": sum(info.elements for _, info in read_tensors(folder).values()),
+        "dtype": dtype,
+        "heads": config.num_attention_heads,
+        "kv_heads": config.num_key_value_heads,
+        "head_dim": head_dim(config),
+        "context": config.max_position_embeddings,
+    }
+    width = DTYPE_BYTES[dtype]
+    if not converted:
+        family_of(config)
+    found["kv_bytes"] = {str(n): kv_bytes(config, n, dtype_bytes=width) for n in CONTEXTS}
+    if recipe is None and not converted:
+        return found | {"layers": config.num_hidden_layers}
+    if recipe is not None:
+        layout = Layout.of(config, recipe, training=False)
+        config = layout.config
+        found |= {"recipe": recipe.name, "layers": layout.rows(width), "notes": layout.notes}
+        found["new_parameters"] = layout.sizes()["new"]
+    else:
+        found["layers"] = [{"index": i, "mixer": kind} for i, kind in enumerate(config.layer_mixers)]
+    linear = len(config.linear_layers)
+    found["state_bytes"] = state_bytes(config, dtype_bytes=width) if linear else 0
+    softmax = config.num_hidden_layers - linear
+    found["softmax_kv_bytes"] = {str(n): kv_bytes(config, n, dtype_bytes=width, layers=softmax) for n in CONTEXTS}
+    found["break_even_context"] = break_even(config, dtype_bytes=width)
+    return found
+
+
+def break_even(config: Any, *, dtype_bytes: int) -> int | None:
+    """Tokens from which the state is smaller than the key/value cache it replaces; None: no linear layer."""
+    from linearize.modeling.configuration_linearized import kv_bytes, state_bytes
+
+    linear = len(config.linear_layers)
+    if not linear:
+        return None
+    return math.ceil(
+        state_bytes(config, dtype_bytes=dtype_bytes) / kv_bytes(config, 1, dtype_bytes=dtype_bytes, layers=linear)
+    )
+
+
+class Layout:
+    """A teacher's config and a recipe, laid out layer by layer, with the student on the meta device."""
+
+    def __init__(self, config: Any, recipe: Recipe, notes: list[str]) -> None:
+        self.recipe, self.notes = recipe, notes
+        layers = config.num_hidden_layers
+        self.mixers = mixer_plan(layers, recipe.softmax_layers(layers))
+        self.linear = [i for i, kind in enumerate(self.mixers) if kind == LINEAR]
+        self.config = student_config(config, spec=recipe.mixer, layer_mixers=self.mixers)
+        self.student = empty_student(self.config)
+
+    @classmethod
+    def of(cls, config: Any, recipe: Recipe, *, training: bool = True) -> Layout:
+        """Check that the recipe fits, then lay it out. Without `training` its context does not matter."""
+        kept = set(recipe.softmax_layers(config.num_hidden_layers))
+        linear = [i for i in range(config.num_hidden_layers) if i not in kept]
+        context = recipe.context if training else None
+        return cls(config, recipe, check_fit(config, spec=recipe.mixer, linear_layers=linear, context=context))
+
+    def rows(self, dtype_bytes: int) -> list[dict[str, Any]]:
+        """One row a layer."""
+        from linearize.modeling.configuration_linearized import head_sizes, layer_state_bytes
+
+        heads, kv_heads, width = head_sizes(self.config)
+        state = layer_state_bytes(self.config, self.recipe.mixer, dtype_bytes=dtype_bytes)
+        rows = []
+        for index, kind in enumerate(self.mixers):
+            linear = kind == LINEAR
+            mixer = self.student.model.layers[index].self_attn.mixer if linear else None
+            rows.append(
+                {
+                    "index": index,
+                    "from": "softmax",
+                    "to": kind,
+                    "heads": heads,
+                    "kv_heads": kv_heads,
+                    "head_dim": width,
+                    "feature_dim": mixer.features if mixer is not None else None,
+                    "state_bytes": state if linear else 0,
+                    "new_parameters": sum(p.numel() for p in mixer.parameters()) if mixer is not None else 0,
+                }
+            )
+        return rows
+
+    def sizes(self) -> dict[str, int]:
+        """Parameters: of the teacher, new, trained in alignment and in finetuning, and owned besides the teacher's."""
+        from linearize.convert.align import aligned_names
+
+        recipe = self.recipe
+        named = {name: p.numel() for name, p in self.student.named_parameters()}
+        new = sum(size for name, size in named.items() if ".mixer." in name)
+        aligned = aligned_names(self.student, recipe.align, self.linear)
+        full = trained_names(self.student, recipe.finetune.full)
+        lora = 0
+        if recipe.finetune.lora is not None:
+            for name in target_modules(self.student, recipe.finetune.lora.targets):
+                module = self.student.get_submodule(name)
+                lora += recipe.finetune.lora.r * (module.in_features + module.out_features)
+        return {
+            "teacher": sum(named.values()) - new,
+            "new": new,
+            "align": sum(named[name] for name in aligned),
+            "finetune": sum(named[name] for name in full) + lora,
+            "own": sum(named[name] for name in {*aligned, *full} if ".mixer." not in name) + new + lora,
+        }
+
+
+def teacher_config(folder: Path) -> tuple[Any, str]:
+    """The config of a checkpoint and the name of its weights' dtype."""
+    from linearize.artifacts.config_reader import build_config
+    from linearize.artifacts.load import select_dtype
+
+    return build_config(folder), str(select_dtype("auto", folder)).removeprefix("torch.")
+
+
+def native_keys(config: Any) -> list[str]:
+    """Names of the tensors that a teacher's model wants."""
+    import torch
+    from transformers import AutoModelForCausalLM
+
+    with torch.device("meta"):
+        return list(AutoModelForCausalLM.from_config(config).state_dict())
+
+
+def training_bytes(config: Any, recipe: Recipe, sizes: dict[str, int]) -> int:
+    """Memory of training, one window at a time: an estimate, usually within a third."""
+    trained = max(sizes["align"], sizes["finetune"])
+    # fp32: teacher and frozen student share storage; own copies; gradient, moments and first values of what is trained.
+    weights = 4 * (sizes["teacher"] + sizes["own"] + 4 * trained)
+    layers = 2 if recipe.gradient_checkpointing else config.num_hidden_layers
+    # Per token and layer: about 16 hidden vectors, 3 of the MLP's, and the mixer's features, in mixed precision.
+    attention = config.num_attention_heads * head_dim(config)
+    per_layer = 48 * config.hidden_size + 12 * config.intermediate_size + 32 * attention
+    logits = 16 * min(PIECE, recipe.context) * config.vocab_size
+    return weights + recipe.context * per_layer * layers + logits
+
+
+def disk_bytes(sizes: dict[str, int], dtype_bytes: int) -> int:
+    """Disk that a conversion needs at most: the export, and checkpoints (KEEP of them and one being written)."""
+    trained = max(sizes["align"], sizes["finetune"])
+    return (sizes["teacher"] + sizes["new"]) * dtype_bytes + (KEEP + 1) * 4 * (sizes["own"] + 2 * trained) + (16 << 20)

@@ -1,0 +1,102 @@
+"""What a conversion says about itself: to the caller, in the model card and in the manifest."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from linearize.convert import plan
+from linearize.convert.align import match, mean_match
+from linearize.convert.finetune import Trained
+from linearize.convert.inputs import Inputs
+from linearize.convert.stages import StageShape, StageState
+from linearize.convert.surgery import SurgeryReport
+
+
+def make_report(
+    inputs: Inputs,
+    student: Any,
+    surgery: SurgeryReport,
+    trained: Trained,
+    aligned: StageState,
+    finetuned: StageState,
+    errors: dict[str, dict[str, float]],
+    seconds: dict[str, float],
+) -> dict[str, Any]:
+    align, finetune = inputs.shapes
+    return {
+        "out": str(inputs.out),
+        "model": inputs.name,
+        "recipe": inputs.recipe.name,
+        "family": str(student.config.model_type),
+        "device": str(inputs.device),
+        "dtype": str(inputs.dtype).removeprefix("torch."),
+        "keys": surgery.as_dict(),
+        "parameters": {
+            "model": inputs.sizes["teacher"] + inputs.sizes["new"],
+            "new": inputs.sizes["new"],
+            "trained": {
+                "align": inputs.sizes["align"] if align.steps else 0,
+                "finetune": sum(p.numel() for p in trained.parameters.values()),
+            },
+        },
+        "state_bytes": sum(row["state_bytes"] for row in inputs.layout.rows(inputs.dtype.itemsize)),
+        "break_even_context": plan.break_even(inputs.layout.config, dtype_bytes=inputs.dtype.itemsize),
+        "stages": {"align": _stage(align, aligned, inputs), "finetune": _stage(finetune, finetuned, inputs)},
+        "layers": match(aligned),
+        "mean_match": mean_match(aligned),
+        "merge_error": errors,
+        "notes": inputs.layout.notes,
+        "seconds": seconds,
+    }
+
+
+def _stage(shape: StageShape, state: StageState, inputs: Inputs) -> dict[str, Any]:
+    if shape.skipped:
+        return {"skipped": shape.skipped, "tokens": 0, "steps": 0}
+    figures = {key: value for key, value in state.extra.items() if isinstance(value, float)}
+    return {
+        "tokens": shape.tokens,
+        "steps": shape.steps,
+        "passes_over_the_text": shape.tokens / inputs.windows.size,
+        "loss_first": state.loss_first,
+        "loss_last": state.loss_last,
+        **figures,
+        "seconds": state.seconds,
+    }
+
+
+def card_facts(inputs: Inputs, report: dict[str, Any]) -> dict[str, Any]:
+    """What the model card says."""
+    align, finetune = inputs.shapes
+    config = inputs.layout.config
+    stages = report["stages"]
+    losses = {n: (s["loss_first"], s["loss_last"]) for n, s in stages.items() if s["steps"]}
+    return {
+        "losses": losses,
+        "recipe": inputs.recipe,
+        "layers": config.num_hidden_layers,
+        "linear": inputs.layout.linear,
+        "teacher": inputs.name,
+        "family": report["family"],
+        "parameters": report["parameters"]["model"],
+        "state_bytes": report["state_bytes"],
+        "break_even": report["break_even_context"],
+        "tokens": {"align": align.tokens, "finetune": finetune.tokens},
+        "mean_match": report["mean_match"],
+        "dtype": report["dtype"],
+        "merge_error": report["merge_error"]["cast"]["max"],
+    }
+
+
+def provenance(inputs: Inputs, identity: dict[str, str], report: dict[str, Any]) -> dict[str, Any]:
+    """What the manifest says beside files and versions. No path of this machine."""
+    kept = ("stages", "layers", "merge_error", "verification", "parameters", "state_bytes", "keys")
+    figures = {key: report[key] for key in kept}
+    return {
+        "recipe": inputs.recipe.as_dict(),
+        "recipe_digest": identity["recipe"],
+        "teacher": {"name": inputs.name, "digest": identity["teacher"]},
+        "data": {**inputs.source.describe(), "name": Path(inputs.source.name).name, "windows_digest": identity["data"]},
+        "figures": figures,
+    }

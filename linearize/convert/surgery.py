@@ -1,0 +1,190 @@
+"""A student out of a loaded teacher: same weights, new mixers, every key accounted for.
+
+The student is never loaded from the teacher's files: parameters that are missing there would come back as garbage. It
+is built empty, takes each of the teacher's tensors by name, and its mixers are initialised here.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Collection, Iterable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from linearize.convert.families import family_of
+from linearize.convert.optim import derived_seed
+from linearize.errors import RefusedError, VerificationError
+from linearize.modeling.mixer_spec import MixerSpec
+
+LINEAR, SOFTMAX = "linear", "softmax"
+
+DROP_RULES: dict[str, Callable[[str, Any], bool]] = {
+    "rotary table, recomputed from the config": lambda name, config: name.endswith("rotary_emb.inv_freq"),
+    "tied output embedding, the same as the input's": lambda name, config: (
+        name == "lm_head.weight" and bool(config.tie_word_embeddings)
+    ),
+}
+"""Why a tensor of a teacher's file may have no place of its own in the model; nothing else is ever dropped."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class SurgeryReport:
+    """What became of every key."""
+
+    mapped: tuple[str, ...]
+    """Taken from the teacher, unchanged."""
+    dropped: dict[str, str]
+    """In the teacher's files and not in the model, with the rule."""
+    new: tuple[str, ...]
+    """Initialised here."""
+
+    def as_dict(self) -> dict[str, Any]:
+        """Counts, rules and new names, as plain values."""
+        return {"mapped": len(self.mapped), "dropped": self.dropped, "new": len(self.new)}
+
+
+def account(stored: Iterable[str], wanted: Iterable[str], config: Any) -> dict[str, str]:
+    """Compare the tensors in a teacher's files with those its model wants; {dropped tensor: rule}.
+
+    Raises:
+        RefusedError: a tensor without a place, or a place without a tensor (which would be filled with noise).
+    """
+    have, need = set(stored), set(wanted)
+    tied = {"lm_head.weight"} if config.tie_word_embeddings else set()
+    if config.tie_word_embeddings and "lm_head.weight" in have and "model.embed_tokens.weight" not in have:
+        have = (have - {"lm_head.weight"}) | {"model.embed_tokens.weight"}
+    missing = sorted(need - have - tied)
+    if missing:
+        more = f" and {len(missing) - 1} more tensors" if missing[1:] else ""
+        raise RefusedError(f"the teacher's files lack {missing[0]}{more}", "The checkpoint is incomplete")
+    dropped = {}
+    for name in sorted(have - (need - tied)):
+        rule = next((rule for rule, applies in DROP_RULES.items() if applies(name, config)), None)
+        if rule is None:
+            raise RefusedError(
+                f"the teacher's files hold {name}, which the family {config.model_type} has no place for",
+                "It would be lost in the conversion",
+            )
+        dropped[name] = rule
+    return dropped
+
+
+def mixer_plan(num_layers: int, softmax_layers: Collection[int]) -> list[str]:
+    """`linear` or `softmax` for every layer."""
+    return [SOFTMAX if index in softmax_layers else LINEAR for index in range(num_layers)]
+
+
+def student_config(teacher_config: Any, *, spec: MixerSpec, layer_mixers: Sequence[str]) -> Any:
+    """The config of the converted model; the teacher's is left as it is."""
+    from linearize.modeling.configuration_linearized import linearized_config
+
+    return linearized_config(teacher_config, layer_mixers=list(layer_mixers), spec=spec)
+
+
+def empty_student(config: Any) -> Any:
+    """The converted model without storage (meta device), in the family of its config."""
+    from linearize.modeling.modeling_linearized import MODELS
+
+    native = str(config.model_type).removeprefix("linearized_")
+    # Mixers draw start values even here, where they are lost: the caller's random state is not to notice.
+    with torch.random.fork_rng(devices=[]), torch.device("meta"):
+        model = MODELS[native](config)
+    model.tie_weights()
+    return model
+
+
+def linearize_model(
+    teacher: Any,
+    *,
+    spec: MixerSpec,
+    layer_mixers: Sequence[str],
+    seed: int,
+    own: Callable[[str], bool] = lambda name: True,
+) -> tuple[Any, SurgeryReport]:
+    """Build the student of a loaded teacher, on its device and in its dtype (mixers: fp32).
+
+    `own(name)` says which of the teacher's tensors the student gets a copy of, because they will be trained; the others
+    share the teacher's storage, so a frozen weight is held once. With every layer `softmax` the student computes
+    exactly what the teacher does.
+
+    Raises:
+        UsageError: unsupported family. VerificationError: a key that is not accounted for, or a bad new weight.
+    """
+    family_of(teacher.config)
+    config = student_config(teacher.config, spec=spec, layer_mixers=layer_mixers)
+    student = empty_student(config)
+    device = next(teacher.parameters()).device
+    mixers = {f"model.layers.{i}.self_attn.mixer": i for i, kind in enumerate(layer_mixers) if kind == LINEAR}
+    new = _initialise(student, mixers, seed=seed, device=device)
+    mapped = _adopt(student, teacher, new, own)
+    student.tie_weights()
+    student.config._attn_implementation = "sdpa"
+    student.generation_config = teacher.generation_config
+    report = SurgeryReport(mapped=tuple(sorted(mapped)), dropped={}, new=tuple(sorted(new)))
+    _check(student, report)
+    return student, report
+
+
+def _initialise(student: Any, mixers: dict[str, int], *, seed: int, device: torch.device) -> set[str]:
+    """Start every mixer from a seed of its layer, on the CPU so that all devices agree; the names made."""
+    new: set[str] = set()
+    for path, layer in mixers.items():
+        mixer = student.get_submodule(path)
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(derived_seed(seed, "mixer", layer))
+            mixer.to_empty(device="cpu").float()
+            mixer.reset_parameters()
+        mixer.to(device)
+        new |= {f"{path}.{name}" for name, _ in (*mixer.named_parameters(), *mixer.named_buffers())}
+    return new
+
+
+def _adopt(student: Any, teacher: Any, new: set[str], own: Callable[[str], bool]) -> set[str]:
+    """Give the student every parameter and buffer of the teacher, by name."""
+    theirs: dict[str, Tensor] = dict(teacher.named_parameters()) | dict(teacher.named_buffers())
+    ours = dict(student.named_parameters()) | dict(student.named_buffers())
+    left = sorted(set(theirs) - set(ours))
+    if left:
+        raise VerificationError(f"the student has no place for the teacher's {left[0]}")
+    lacking = sorted(set(ours) - set(theirs) - new)
+    if lacking:
+        raise VerificationError(f"nothing gives the student's {lacking[0]} a value")
+    for name, tensor in theirs.items():
+        if ours[name].shape != tensor.shape:
+            raise VerificationError(f"{name}: teacher {tuple(tensor.shape)}, student {tuple(ours[name].shape)}")
+        parent, _, leaf = name.rpartition(".")
+        module = student.get_submodule(parent)
+        value = tensor.detach().clone() if own(name) else tensor.detach()
+        if leaf in module._parameters:
+            setattr(module, leaf, nn.Parameter(value, requires_grad=False))
+        else:
+            module._buffers[leaf] = tensor.detach().clone()
+    return set(theirs)
+
+
+def _check(student: Any, report: SurgeryReport) -> None:
+    for name, tensor in (*student.named_parameters(), *student.named_buffers()):
+        if tensor.is_meta:
+            raise VerificationError(f"{name} was left without a value")
+    tensors = dict(student.named_parameters()) | dict(student.named_buffers())
+    for name in report.new:
+        if not bool(torch.isfinite(tensors[name]).all()):
+            raise VerificationError(f"{name} was initialised with a value that is not finite")
+
+
+def trained_names(student: Any, wanted: Collection[str], layers: Collection[int] | None = None) -> list[str]:
+    """Names of the parameters that lie in a module called as one of `wanted` (mixer, q_proj, ...), in order.
+
+    `layers` keeps to those decoder layers; None: all.
+    """
+    found = []
+    for name, _ in student.named_parameters():
+        parts = name.split(".")
+        if not set(parts) & set(wanted):
+            continue
+        index = int(parts[2]) if parts[:2] == ["model", "layers"] else None
+        if layers is None or index in layers:
+            found.append(name)
+    return found

@@ -1,0 +1,143 @@
+"""Is what was written what was made? Load a copy of the export in fresh processes, both ways, and compare."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+import tempfile
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import load_file
+from torch import Tensor
+
+from linearize.errors import VerificationError
+
+MODES = {"import": "import linearize", "remote": "trust_remote_code=True"}
+NEW_TOKENS = 32
+RELATIVE = 1e-5
+"""Allowed difference of a logit, relative to the largest one; the same code on the same device should give none."""
+CHILD_SECONDS = 1800
+
+
+@dataclass(frozen=True, kw_only=True)
+class Expected:
+    """What the model in memory says."""
+
+    ids: Tensor
+    """[B, T] tokens."""
+    prompt: int
+    """Tokens of the first row that are continued."""
+    logits: Tensor
+    """[B, T, V] fp32, on the CPU."""
+    tokens: list[int]
+    """The prompt and its greedy continuation."""
+    text: str
+
+
+@torch.no_grad()
+def expect(model: Any, tokenizer: Any, ids: Tensor) -> Expected:
+    """Logits of ids [B, T] and the greedy continuation of the first quarter of the first row."""
+    prompt = max(1, ids.shape[1] // 4)
+    ids = ids.to(model.device)
+    logits = model(input_ids=ids, use_cache=False).logits.float().cpu()
+    greedy = model.generate(ids[:1, :prompt], do_sample=False, num_beams=1, max_new_tokens=NEW_TOKENS)[0].tolist()
+    return Expected(ids=ids.cpu(), prompt=prompt, logits=logits, tokens=greedy, text=tokenizer.decode(greedy))
+
+
+def verify_export(folder: Path, expected: Expected, *, device: torch.device) -> dict[str, Any]:
+    """Load a copy of `folder` with `import linearize` and with trust_remote_code; {way: figures}.
+
+    Raises:
+        VerificationError: it does not load, or its logits or greedy text are not those of the model in memory.
+    """
+    figures = {}
+    # Beside the export: hard links then make the copy free.
+    with tempfile.TemporaryDirectory(prefix=".linearize-verify-", dir=folder.parent) as room:
+        copy = Path(room) / "copied"
+        shutil.copytree(folder, copy, copy_function=_link)
+        for mode, name in MODES.items():
+            logits, answer = _ask(mode, copy, Path(room), expected, device)
+            figures[mode] = _compare(name, logits, answer, expected)
+    return figures
+
+
+def _link(source: str, target: str) -> str:
+    try:
+        os.link(source, target)
+    except OSError:
+        shutil.copy2(source, target)
+    return target
+
+
+def _ask(
+    mode: str, folder: Path, room: Path, expected: Expected, device: torch.device
+) -> tuple[Tensor, dict[str, Any]]:
+    request = {
+        "mode": mode,
+        "folder": str(folder),
+        "roots": _roots(),
+        "device": str(device),
+        "threads": torch.get_num_threads(),
+        "ids": expected.ids.tolist(),
+        "prompt": expected.prompt,
+        "new_tokens": NEW_TOKENS,
+        "logits": str(room / f"{mode}.safetensors"),
+        "text": str(room / f"{mode}.json"),
+    }
+    path = room / f"{mode}-request.json"
+    path.write_text(json.dumps(request))
+    environment = os.environ | {
+        "HF_MODULES_CACHE": str(room / f"{mode}-modules"),
+        "HF_HUB_OFFLINE": "1",
+        "CUBLAS_WORKSPACE_CONFIG": ":4096:8",
+        "PYTHONDONTWRITEBYTECODE": "1",
+    }
+    child = Path(__file__).with_name("reload_child.py")
+    try:
+        done = subprocess.run(
+            [sys.executable, "-I", str(child), str(path)],
+            cwd=room,
+            env=environment,
+            capture_output=True,
+            text=True,
+            timeout=CHILD_SECONDS,
+            check=False,
+        )
+    except subprocess.TimeoutExpired as error:
+        raise VerificationError(f"the export did not load in {CHILD_SECONDS} s with {MODES[mode]}") from error
+    if done.returncode != 0:
+        lines = [line.strip() for line in done.stderr.splitlines() if line.strip()]
+        reason = lines[-1] if lines else f"exit code {done.returncode}"
+        raise VerificationError(f"the export does not load in a fresh process with {MODES[mode]}: {reason}")
+    return load_file(request["logits"])["logits"], json.loads(Path(str(request["text"])).read_text())
+
+
+def _roots() -> list[str]:
+    """Folders that make `import linearize` work, installed or not."""
+    import linearize
+    import linearize_kernels
+
+    return sorted({str(Path(str(m.__file__)).resolve().parent.parent) for m in (linearize, linearize_kernels)})
+
+
+def _compare(way: str, logits: Tensor, answer: dict[str, Any], expected: Expected) -> dict[str, Any]:
+    if logits.shape != expected.logits.shape or not bool(logits.isfinite().all()):
+        raise VerificationError(f"the export, loaded with {way}, gives logits that are not finite or of another shape")
+    difference = float((logits - expected.logits).abs().max())
+    largest = float(expected.logits.abs().max())
+    if difference > RELATIVE * max(largest, 1.0):
+        raise VerificationError(
+            f"the export, loaded with {way}, differs from the model that was trained: a logit by {difference:.3g} "
+            f"(largest {largest:.3g})"
+        )
+    if answer["tokens"] != expected.tokens or answer["text"] != expected.text:
+        raise VerificationError(
+            f"the export, loaded with {way}, continues a text otherwise than the model that was trained"
+        )
+    return {"way": way, "max_abs_difference": difference, "same_text": True}

@@ -1,0 +1,234 @@
+"""Attention transfer: what is taken from the teacher, the losses, and that a dead layer is named."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from linearize.convert import align as align_module
+from linearize.convert.align import (
+    align_layers,
+    aligned_names,
+    branches_of,
+    layer_loss,
+    match,
+    student_layer,
+    transfer_micro_batch,
+    window_hidden,
+)
+from linearize.convert.capture import TeacherLayer, captured
+from linearize.convert.checkpoint import open_run
+from linearize.convert.optim import trainable
+from linearize.convert.stages import stage_shape
+from linearize.convert.surgery import linearize_model, mixer_plan
+from linearize.errors import VerificationError
+from linearize.modeling.mixer_spec import MixerSpec
+from linearize.modeling.modeling_linearized import attention_layers
+from linearize.progress import NullProgress
+from linearize.recipe import Align
+
+SPEC = MixerSpec(window=8)
+
+
+def ids(batch: int = 2, length: int = 50) -> torch.Tensor:
+    return torch.randint(0, 256, (batch, length), generator=torch.Generator().manual_seed(1))
+
+
+def student_of(teacher: Any, softmax: set[int] = frozenset(), spec: MixerSpec = SPEC) -> Any:
+    plan = mixer_plan(teacher.config.num_hidden_layers, softmax)
+    teacher.requires_grad_(False)
+    return linearize_model(teacher, spec=spec, layer_mixers=plan, seed=0)[0]
+
+
+def take(teacher: Any, layers: list[int], tokens: torch.Tensor, weights: bool = True, **kwargs: Any) -> Any:
+    taken: list[TeacherLayer] = []
+    with torch.no_grad(), captured(teacher, layers, taken.append, weights=weights):
+        teacher.model(input_ids=tokens, use_cache=False, **kwargs)
+    return taken
+
+
+def test_captured_heads_and_weights_are_the_teachers(make_teacher: Callable[..., Any], variant: str) -> None:
+    teacher = make_teacher(variant)
+    with torch.no_grad():
+        plain = teacher.model(input_ids=ids(), use_cache=False).last_hidden_state
+        taken = take(teacher, [0, 2], ids())
+        teacher.set_attn_implementation("eager")
+        eager = teacher.model(input_ids=ids(), use_cache=False, output_attentions=True).attentions
+        teacher.set_attn_implementation("sdpa")
+        again = teacher.model(input_ids=ids(), use_cache=False).last_hidden_state
+    assert torch.equal(plain, again)
+    assert [layer.index for layer in taken] == [0, 2]
+    for layer in taken:
+        torch.testing.assert_close(layer.weights, eager[layer.index], rtol=1e-4, atol=1e-5)
+        module = teacher.model.layers[layer.index].self_attn
+        torch.testing.assert_close(module.o_proj(layer.heads.flatten(2)), layer.output)
+
+
+def test_a_padded_batch_reaches_the_teacher_with_its_mask(make_teacher: Callable[..., Any]) -> None:
+    teacher = make_teacher("llama")
+    mask = torch.ones(2, 20, dtype=torch.long)
+    mask[0, :7] = 0
+    weights = take(teacher, [0], ids(2, 20), attention_mask=mask)[0].weights
+    assert float(weights[0, :, 7:, :7].abs().max()) == 0.0
+    assert float(weights[1, :, 7:, :7].abs().max()) > 0.0
+
+
+def test_what_is_left_on_the_teacher_is_nothing(make_teacher: Callable[..., Any]) -> None:
+    teacher = make_teacher("mistral full")
+    with pytest.raises(ZeroDivisionError), captured(teacher, [0, 1], lambda layer: 1 / 0):  # type: ignore[arg-type]
+        teacher.model(input_ids=ids(), use_cache=False)
+    assert teacher.config._attn_implementation == "sdpa"
+    for layer in teacher.model.layers:
+        assert not layer.self_attn._forward_hooks
+        assert not [name for name in vars(layer.self_attn) if name.startswith("linearize")]
+
+
+@pytest.mark.parametrize("objective", ["output", "weights", "hidden"])
+@pytest.mark.parametrize("branch", ["mix", "both"])
+def test_gradients_are_those_of_the_joint_loss(make_teacher: Callable[..., Any], objective: str, branch: str) -> None:
+    teacher = make_teacher("qwen3 norms, head_dim 16, yarn")
+    student = student_of(teacher, {1})
+    align = Align(objective=objective, branch=branch, train=("mixer", "q_proj", "k_proj"))
+    attentions = dict(attention_layers(student))
+    named = dict(student.named_parameters())
+    parameters = {n: named[n] for n in aligned_names(student, align, list(attentions))}
+    assert len(parameters) == 2 * 5
+    with trainable(parameters.values()):
+        result = transfer_micro_batch(teacher, attentions, ids(), align, scale=0.5)
+        at_once = {n: p.grad.clone() for n, p in parameters.items()}
+        student.zero_grad()
+        joint = torch.zeros(())
+        for layer in take(teacher, list(attentions), ids()):
+            for branches in branches_of(align, hidden=False):
+                joint = joint + layer_loss(attentions[layer.index], layer, branches, objective)[0]
+        (joint * 0.5).backward()
+        for name, parameter in parameters.items():
+            assert float(parameter.grad.abs().max()) > 0, name
+            torch.testing.assert_close(at_once[name], parameter.grad, rtol=1e-5, atol=1e-8)
+    torch.testing.assert_close(result.losses.sum(), joint.detach())
+
+
+def test_one_layers_activations_at_a_time(make_teacher: Callable[..., Any], monkeypatch: pytest.MonkeyPatch) -> None:
+    import weakref
+
+    teacher = make_teacher("llama")
+    student = student_of(teacher)
+    alive: list[int] = []
+    heads: list[Any] = []
+    run = align_module.student_layer
+
+    def watched(*args: Any, **kwargs: Any) -> Any:
+        alive.append(sum(ref() is not None for ref in heads))
+        out = run(*args, **kwargs)
+        heads.append(weakref.ref(out[0]))
+        return out
+
+    monkeypatch.setattr(align_module, "student_layer", watched)
+    with trainable([p for n, p in student.named_parameters() if "mixer" in n]):
+        transfer_micro_batch(teacher, dict(attention_layers(student)), ids(), Align())
+    assert alive == [0, 0, 0]
+
+
+def test_losses_by_hand(make_teacher: Callable[..., Any]) -> None:
+    teacher = make_teacher("llama")
+    student = student_of(teacher)
+    attention = dict(attention_layers(student))[1]
+    layer = take(teacher, [1], ids())[0]
+    with torch.no_grad():
+        heads, output, weights = student_layer(attention, layer, "full", weights=True)
+        mse = ((heads - layer.heads) ** 2).sum() / (layer.heads**2).sum()
+        torch.testing.assert_close(layer_loss(attention, layer, "full", "output")[0], mse)
+        entropy = -(layer.weights * weights.clamp_min(1e-12).log()).sum() / weights.shape[:3].numel()
+        torch.testing.assert_close(layer_loss(attention, layer, "full", "weights")[0], entropy)
+        distance = ((output - layer.output) ** 2).sum(-1).sqrt().mean() / 32**0.5
+        torch.testing.assert_close(layer_loss(attention, layer, "full", "hidden")[0], distance)
+        linear = student_layer(attention, layer, "linear", weights=False)[0]
+    assert not torch.allclose(heads, linear)
+    assert attention.mixer.branches == "full" and attention.mixer.last_output is None
+
+
+def test_branches_and_dropped_windows() -> None:
+    assert branches_of(Align(branch="both"), hidden=False) == ("full", "linear")
+    assert branches_of(Align(branch="both"), hidden=True) == branches_of(Align(branch="linear"), hidden=False)
+    align = Align(window_dropout=0.3)
+    draws = [window_hidden(align, layer, seed=0, step=s, micro=0) for s in range(300) for layer in range(4)]
+    assert 0.25 < sum(draws) / len(draws) < 0.35
+    assert draws == [window_hidden(align, layer, seed=0, step=s, micro=0) for s in range(300) for layer in range(4)]
+    assert not any(window_hidden(Align(), layer, seed=0, step=0, micro=0) for layer in range(100))
+
+
+def train(student: Any, teacher: Any, align: Align, out: Path, steps: int = 12, length: int = 48) -> Any:
+    windows = np.random.default_rng(0).integers(0, 256, (16, length), dtype=np.int32)
+    shape = stage_shape("align", tokens=steps * 4 * length, batch_tokens=4 * length, context=length)
+    assert shape.steps == steps
+    with open_run(out) as run:
+        return align_layers(
+            student,
+            teacher,
+            align=align,
+            shape=shape,
+            micro=3,
+            seed=0,
+            windows=windows,
+            run=run,
+            start=None,
+            progress=NullProgress(),
+        )
+
+
+@pytest.mark.parametrize(
+    "options", [{}, {"window_dropout": 1.0}, {"branch": "linear"}, {"objective": "weights"}], ids=str
+)
+def test_alignment_lowers_every_layers_loss(
+    make_teacher: Callable[..., Any], tmp_path: Path, options: dict[str, Any]
+) -> None:
+    teacher = make_teacher("llama")
+    student = student_of(teacher)
+    frozen = {n: p.clone() for n, p in student.named_parameters() if "mixer" not in n}
+    state = train(student, teacher, Align(lr=1e-2, **options), tmp_path / "out", steps=30)
+    rows = match(state)
+    assert [row["layer"] for row in rows] == ([] if options.get("window_dropout") else [0, 1, 2])
+    assert all(row["loss"] < row["loss_first"] for row in rows), rows
+    assert all(torch.equal(p, frozen[n]) for n, p in student.named_parameters() if n in frozen)
+    assert not any(p.requires_grad or p.grad is not None for p in student.parameters())
+    assert asdict(state)["step"] == 30
+
+
+def test_a_layer_that_does_not_move_is_named(make_teacher: Callable[..., Any], tmp_path: Path) -> None:
+    teacher = make_teacher("llama")
+    student = student_of(teacher)
+    mixer = student.model.layers[1].self_attn.mixer
+    forward = mixer.forward
+
+    def dead(*args: Any, **kwargs: Any) -> Any:
+        out = forward(*args, **kwargs).detach().requires_grad_()  # no gradient reaches this layer's parameters
+        mixer.last_output = out
+        return out
+
+    mixer.forward = dead
+    with pytest.raises(VerificationError, match=r"layer 1: alignment moved none .* in 10 steps"):
+        train(student, teacher, Align(), tmp_path / "out")
+    assert not list(tmp_path.glob(".out*"))
+
+
+def test_a_layer_that_is_not_finite_is_named(make_teacher: Callable[..., Any], tmp_path: Path) -> None:
+    teacher = make_teacher("llama")
+    student = student_of(teacher)
+    with torch.no_grad():
+        student.model.layers[2].self_attn.mixer.q_map.weight[0, 0, 0] = float("nan")
+    with pytest.raises(VerificationError, match=r"layer 2: .* not finite at step 1"):
+        train(student, teacher, Align(), tmp_path / "out")
+
+
+def test_a_layer_that_diverges_is_named(make_teacher: Callable[..., Any], tmp_path: Path) -> None:
+    teacher = make_teacher("llama")
+    student = student_of(teacher)
+    align = Align(lr=10.0, warmup=0.0, train=("v_proj",))
+    with pytest.raises(VerificationError, match=r"layer \d: the alignment diverged"):
+        train(student, teacher, align, tmp_path / "out", steps=40)

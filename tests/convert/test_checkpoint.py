@@ -1,0 +1,167 @@
+"""The run folder: lock, identity, damage, signals."""
+
+from __future__ import annotations
+
+import os
+import signal
+from pathlib import Path
+
+import pytest
+import torch
+from torch import nn
+
+from linearize.convert.checkpoint import (
+    KEEP,
+    Run,
+    find_start,
+    latest,
+    open_run,
+    pack_state,
+    record,
+    require_no_run,
+    run_folder,
+    save,
+    unpack_state,
+    write_record,
+)
+from linearize.errors import RefusedError
+
+
+class Stop(Exception):
+    pass
+
+
+def leave(out: Path, steps: int = 3) -> None:
+    """An unfinished run with `steps` checkpoints."""
+    with pytest.raises(Stop), open_run(out) as run:
+        assert find_start(run, {"recipe": "a", "data": "b"}, resume=False) is None
+        write_record(run, {"recipe": "a", "data": "b", "micro": 3})
+        for step in range(1, steps + 1):
+            save(run, stage="align", step=step, tensors={"x": torch.full((4,), step)}, state={"step": step})
+        raise Stop
+
+
+def start_of(run: Run, resume: bool = True, **identity: str) -> int | None:
+    found = find_start(run, {"recipe": "a", "data": "b"} | identity, resume=resume)
+    return None if found is None else found.step
+
+
+def test_newest_two_are_kept_and_the_newest_is_found(tmp_path: Path) -> None:
+    out = tmp_path / "deep" / "out"
+    leave(out)
+    assert len(list(run_folder(out).glob("*-align-*"))) == KEEP == 2
+    with pytest.raises(RefusedError, match=r"unfinished run. Add --resume"):
+        require_no_run(out)
+    with pytest.raises(Stop), open_run(out) as run:
+        assert record(run)["micro"] == 3
+        found = find_start(run, {"recipe": "a", "data": "b"}, resume=True)
+        assert found is not None and (found.stage, found.step, found.state) == ("align", 3, {"step": 3})
+        assert found.tensors()["x"].tolist() == [3.0] * 4
+        save(run, stage="finetune", step=1, tensors={}, state={})
+        assert latest(run).stage == "finetune"  # type: ignore[union-attr]
+        raise Stop
+
+
+def test_a_run_of_something_else_is_refused_and_kept(tmp_path: Path) -> None:
+    leave(tmp_path / "out")
+    with pytest.raises(RefusedError, match="differing: recipe, data"), open_run(tmp_path / "out") as run:
+        start_of(run, data="c", recipe="d")
+    with pytest.raises(RefusedError, match="Add --resume"), open_run(tmp_path / "out") as run:
+        start_of(run, resume=False)
+    with pytest.raises(Stop), open_run(tmp_path / "out") as run:
+        assert start_of(run) == 3
+        raise Stop
+
+
+def test_damaged_checkpoints_are_passed_over(tmp_path: Path) -> None:
+    leave(tmp_path / "out")
+    older, newest = sorted(run_folder(tmp_path / "out").glob("*-align-*"))
+    data = bytearray((newest / "tensors.safetensors").read_bytes())
+    data[-1] ^= 1
+    (newest / "tensors.safetensors").write_bytes(data)
+    (run_folder(tmp_path / "out") / ".00-align-00000009.tmp-999999").mkdir()
+    with pytest.raises(Stop), open_run(tmp_path / "out") as run:
+        assert start_of(run) == 2
+        assert not list(run.path.glob(".*tmp*"))
+        raise Stop
+    (older / "manifest.json").unlink()
+    with pytest.raises(Stop), open_run(tmp_path / "out") as run:
+        assert start_of(run) is None
+        raise Stop
+    assert not run_folder(tmp_path / "out").exists()
+
+
+def test_two_converts_into_one_folder(tmp_path: Path) -> None:
+    with open_run(tmp_path / "out"):
+        with pytest.raises(RefusedError, match="another convert writes there"), open_run(tmp_path / "out"):
+            pass
+        assert run_folder(tmp_path / "out").exists()
+    assert not list(tmp_path.iterdir())
+
+
+def test_nothing_is_left_of_a_run_without_checkpoints(tmp_path: Path) -> None:
+    with pytest.raises(Stop), open_run(tmp_path / "new" / "folder" / "out"):
+        raise Stop
+    assert not list(tmp_path.iterdir())
+    leave(tmp_path / "out")
+    with pytest.raises(Stop), open_run(tmp_path / "out") as run:
+        run.discard = True
+        raise Stop
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_place_that_cannot_be_written(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("")
+    with pytest.raises(RefusedError, match="cannot be written"), open_run(tmp_path / "file" / "out"):
+        pass
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_signals_wait_for_the_step_but_only_once(tmp_path: Path, number: int) -> None:
+    before = signal.getsignal(number)
+    with pytest.raises(KeyboardInterrupt), open_run(tmp_path / "out") as run, run.listening():
+        os.kill(os.getpid(), number)
+        assert run.interrupted and run.due()
+        with pytest.raises(KeyboardInterrupt):
+            os.kill(os.getpid(), number)
+        run.stop_if_interrupted()
+    with pytest.raises(KeyboardInterrupt), open_run(tmp_path / "out"):
+        os.kill(os.getpid(), number)
+    assert signal.getsignal(number) is before
+
+
+def test_optimiser_state_comes_back_bit_for_bit(tmp_path: Path) -> None:
+    def make() -> tuple[dict[str, nn.Parameter], torch.optim.AdamW]:
+        start = {"w": torch.ones(3, 2), "b": torch.zeros(2), "kept": torch.ones(1)}
+        parameters = {name: nn.Parameter(value) for name, value in start.items()}
+        return parameters, torch.optim.AdamW([parameters["w"], parameters["b"]], lr=0.1)
+
+    def step(parameters: dict[str, nn.Parameter], optimizer: torch.optim.AdamW, number: int) -> None:
+        loss = (torch.full((1, 3), number + 0.7) @ parameters["w"]).sin().sum()
+        if number % 2:  # b is not touched in every step: its count differs
+            loss = loss + parameters["b"].cos().sum()
+        loss.backward()
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+
+    one, first = make()
+    for number in range(6):
+        step(one, first, number)
+    two, second = make()
+    for number in range(3):
+        step(two, second, number)
+    with torch.no_grad():
+        two["kept"].fill_(7.0)
+    with pytest.raises(Stop), open_run(tmp_path / "out") as run:
+        save(run, stage="align", step=3, tensors=pack_state(two, second), state={})
+        found = latest(run)
+        assert found is not None
+        three, third = make()
+        unpack_state(found.tensors(), three, third)
+        with pytest.raises(RefusedError, match="does not hold other"):
+            unpack_state(found.tensors(), {"other": nn.Parameter(torch.ones(1))}, None)
+        raise Stop
+    for number in range(3, 6):
+        step(three, third, number)
+    assert torch.equal(one["w"], three["w"]) and torch.equal(one["b"], three["b"])
+    assert three["kept"].tolist() == [7.0]

@@ -1,0 +1,83 @@
+"""Plans and inspections: from configs and headers alone."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from linearize.convert.plan import inspect, make_plan
+from linearize.errors import RefusedError, UsageError
+from linearize.recipe import load_recipe
+
+SMALL = ["context=128", "mixer.window=16", "mixer.feature_dim=8", "align.tokens=10k", "align.batch_tokens=512"]
+
+
+def test_plan(teacher_folder: Path, text_file: Path, tmp_path: Path) -> None:
+    recipe = load_recipe("lolcats", [*SMALL, "keep_softmax=[1]", "finetune.tokens=0"])
+    plan = make_plan(teacher_folder, recipe=recipe, data=str(text_file), out=tmp_path / "out")
+    assert plan["layers"][0] == {
+        "index": 0, "from": "softmax", "to": "linear", "heads": 4, "kv_heads": 2, "head_dim": 8, "feature_dim": 16,
+        "state_bytes": 4 * 4 * 16 * 9 + 2 * 32 * 2 * 8 * 4 + 8, "new_parameters": 2 * 4 * 8 * 8 + 4,
+    }  # fmt: skip
+    assert plan["layers"][1]["to"] == "softmax" and plan["layers"][1]["state_bytes"] == 0
+    assert plan["new_parameters"] == plan["trained"]["align"] == 516
+    assert plan["trained"]["finetune"] == 0 and plan["skipped"] == {"finetune": "finetune.tokens is 0"}
+    assert plan["steps"] == {"align": 20, "finetune": 0} and plan["tokens"]["align"] == 20 * 4 * 128
+    assert plan["memory_bytes"] > 4 * plan["parameters"] and plan["disk_bytes"] > 4 * plan["parameters"]
+    assert not list(tmp_path.iterdir())
+
+
+def test_plan_loads_no_weights(teacher_folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    import safetensors
+    import safetensors.torch
+
+    def fail(*args: Any, **kwargs: Any) -> Any:
+        raise AssertionError("a weight was read")
+
+    monkeypatch.setattr(safetensors, "safe_open", fail)
+    monkeypatch.setattr(safetensors.torch, "load_file", fail)
+    make_plan(teacher_folder, recipe=load_recipe("liger-gla", ["context=128"]))
+    inspect(teacher_folder, load_recipe("mamba2"))
+
+
+def test_refusals(teacher_folder: Path, text_file: Path, tmp_path: Path) -> None:
+    recipe = load_recipe("lolcats", SMALL)
+    (tmp_path / "full").mkdir()
+    (tmp_path / "full" / "file").write_text("")
+    with pytest.raises(RefusedError, match="is not empty"):
+        make_plan(teacher_folder, recipe=recipe, out=tmp_path / "full")
+    with pytest.raises(UsageError, match="no such file"):
+        make_plan(teacher_folder, recipe=recipe, data=str(tmp_path / "absent.txt"))
+    with pytest.raises(UsageError, match="context=256"):
+        make_plan(teacher_folder, recipe=load_recipe("lolcats"))
+    with pytest.raises(UsageError, match="5"):
+        make_plan(teacher_folder, recipe=load_recipe("lolcats", [*SMALL, "keep_softmax=[5]"]))
+
+
+def test_inspect(teacher_folder: Path) -> None:
+    plain = inspect(teacher_folder)
+    assert (plain["family"], plain["layers"], plain["dtype"]) == ("llama", 2, "float32")
+    assert plain["kv_bytes"] == {str(n): 2 * 2 * 2 * 8 * 4 * n for n in (2048, 32768, 131072)}
+    found = inspect(teacher_folder, load_recipe("lolcats"))  # whatever the context of training
+    even = found["break_even_context"]
+    per_token = plain["kv_bytes"]["2048"] // 2048
+    assert (even - 1) * per_token < found["state_bytes"] <= even * per_token
+    half = inspect(teacher_folder, load_recipe("lolcats", ["keep_softmax=every 2"]))
+    assert half["state_bytes"] * 2 == found["state_bytes"] and half["break_even_context"] == even
+    assert half["softmax_kv_bytes"]["2048"] * 2 == plain["kv_bytes"]["2048"]
+
+
+def test_parameters_are_those_of_the_model(make_teacher: Callable[..., Any], variant: str, tmp_path: Path) -> None:
+    from linearize.convert.surgery import linearize_model
+
+    make_teacher(variant).save_pretrained(tmp_path)
+    recipe = load_recipe("lolcats", ["context=64", "mixer.window=8", "mixer.feature_dim=4"])
+    plan = make_plan(tmp_path, recipe=recipe)
+    teacher = make_teacher(variant)
+    student, _ = linearize_model(teacher, spec=recipe.mixer, layer_mixers=["linear"] * 3, seed=0)
+    assert plan["parameters"] == sum(p.numel() for p in student.parameters())
+    assert plan["new_parameters"] == plan["parameters"] - sum(p.numel() for p in teacher.parameters())
+    assert inspect(tmp_path)["parameters"] == plan["parameters"] - plan["new_parameters"]

@@ -1,0 +1,139 @@
+"""N steps are k steps, an end of any kind, and N - k more: bit for bit."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from linearize.convert import checkpoint, pipeline
+from linearize.convert.checkpoint import run_folder
+from linearize.convert.pipeline import convert
+from linearize.errors import RefusedError
+from linearize.progress import NullProgress
+
+OPTIONS = [
+    "context=64", "mixer.window=16", "mixer.feature_dim=8", "device=cpu", "seed=5",
+    "align.tokens=1536", "align.batch_tokens=256", "align.window_dropout=0.5", "align.train=[mixer,q_proj]",
+    "finetune.tokens=1536", "finetune.batch_tokens=256", "finetune.lora.dropout=0.1", "finetune.kl=1",
+    "finetune.lora.targets=[q_proj,o_proj]", "finetune.full=[v_proj]",
+]  # fmt: skip
+
+KILLED = """
+import os, signal, sys
+import torch
+from linearize.convert import checkpoint, pipeline
+torch.set_num_threads(1)
+teacher, out, data, stage, step, where, resume, *options = sys.argv[1:]
+checkpoint.Run.due = lambda self: True
+save, write = checkpoint.save, checkpoint.write_json
+reached = False
+
+def saved(run, **what):
+    global reached
+    reached = (what["stage"], what["step"]) == (stage, int(step))
+    save(run, **what)
+    if reached:
+        os.kill(os.getpid(), signal.SIGKILL)
+
+def written(path, values):
+    if reached and where == "half" and path.name == checkpoint.MANIFEST:
+        os.kill(os.getpid(), signal.SIGKILL)
+    write(path, values)
+
+from linearize.convert import align, finetune
+align.save = finetune.save = saved
+checkpoint.write_json = written
+pipeline.convert(teacher, out, recipe="lolcats", data=data, overrides=options, resume=resume == "resume")
+"""
+
+
+@pytest.fixture(autouse=True)
+def unverified(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The fresh processes are another test's matter."""
+    monkeypatch.setattr(pipeline, "verify_export", lambda folder, expected, *, device: {})
+
+
+@pytest.fixture(scope="module")
+def whole(teacher_folder: Path, text_file: Path, tmp_path_factory: pytest.TempPathFactory) -> Any:
+    """The run that nothing interrupts."""
+    out = tmp_path_factory.mktemp("whole") / "out"
+    torch.set_num_threads(1)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(pipeline, "verify_export", lambda folder, expected, *, device: {})
+        return out, convert(teacher_folder, out, recipe="lolcats", data=str(text_file), overrides=OPTIONS)
+
+
+def same(whole: tuple[Path, dict[str, Any]], out: Path, report: dict[str, Any]) -> None:
+    ours, theirs = (load_file(folder / "model.safetensors") for folder in (out, whole[0]))
+    assert ours.keys() == theirs.keys()
+    assert all(torch.equal(ours[name], theirs[name]) for name in ours)
+    assert report["layers"] == whole[1]["layers"]
+    for stage in ("align", "finetune"):
+        figures = [{k: v for k, v in r["stages"][stage].items() if k != "seconds"} for r in (report, whole[1])]
+        assert figures[0] == figures[1]
+    assert not run_folder(out).exists()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("where", ["after", "half"])
+def test_killed_in_both_stages(
+    whole: Any, teacher_folder: Path, text_file: Path, tmp_path: Path, source_env: dict[str, str], where: str
+) -> None:
+    out = tmp_path / "out"
+    for stage, step, resume in (("align", "3", "begin"), ("finetune", "2", "resume")):
+        places = [str(path) for path in (teacher_folder, out, text_file)]
+        command = [sys.executable, "-c", KILLED, *places, stage, step, where, resume, *OPTIONS]
+        done = subprocess.run(command, env=source_env, capture_output=True, text=True, check=False)
+        assert done.returncode == -signal.SIGKILL, done.stderr
+        assert not out.exists() and run_folder(out).exists()
+    report = convert(teacher_folder, out, recipe="lolcats", data=str(text_file), overrides=OPTIONS, resume=True)
+    same(whole, out, report)
+
+
+class Interrupter(NullProgress):
+    """Presses Ctrl-C in one step."""
+
+    def __init__(self, stage: str, at: int) -> None:
+        self.stage, self.at = stage, at
+
+    def step(self, stage: str, step: int, loss: float, tokens: int, extra: Mapping[str, Any]) -> None:
+        if (stage, step) == (self.stage, self.at):
+            os.kill(os.getpid(), signal.SIGINT)
+
+
+def test_interrupted_and_resumed(
+    whole: Any, teacher_folder: Path, text_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(checkpoint, "SECONDS", 3600.0)  # only the interruption saves
+    out = tmp_path / "out"
+    run: Callable[..., Any] = lambda **more: convert(  # noqa: E731
+        teacher_folder, out, recipe="lolcats", data=str(text_file), **{"overrides": OPTIONS, **more}
+    )
+    with pytest.raises(KeyboardInterrupt):
+        run(progress=Interrupter("align", 4))
+    assert not out.exists()
+    with pytest.raises(RefusedError, match=r"holds an unfinished run\. Add --resume"):
+        run()
+    with pytest.raises(RefusedError, match="another conversion; differing: recipe"):
+        run(overrides=[*OPTIONS, "seed=6"], resume=True)
+    with pytest.raises(KeyboardInterrupt):
+        run(progress=Interrupter("finetune", 5), resume=True)
+    same(whole, out, run(resume=True))
+    with pytest.raises(RefusedError, match="is not empty"):
+        run(resume=True)
+
+
+def test_resume_with_nothing_there_begins(whole: Any, teacher_folder: Path, text_file: Path, tmp_path: Path) -> None:
+    report = convert(
+        teacher_folder, tmp_path / "out", recipe="lolcats", data=str(text_file), overrides=OPTIONS, resume=True
+    )
+    same(whole, tmp_path / "out", report)
