@@ -1,0 +1,70 @@
+"""The entry point: runs a command and turns whatever happens into one clear line and an exit code.
+
+0 ok, 1 a fault of ours, 2 usage, 3 refused before work, 4 verification failed, 130 interrupted.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+import traceback
+from collections.abc import Sequence
+
+import typer
+
+from linearize.errors import LinearizeError
+from linearize_cli.commands import app
+from linearize_cli.output import fail, say
+
+INTERRUPTED = 130
+DEBUG = "LINEARIZE_DEBUG"
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run one command line (without the program's name) and return the exit code."""
+    arguments = list(sys.argv[1:] if argv is None else argv)
+    if not sys.stderr.isatty():
+        os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")  # the libraries' bars too are for terminals
+    try:
+        code = app(args=arguments, prog_name="linearize", standalone_mode=False)
+        sys.stdout.flush()
+    except BrokenPipeError:
+        # The reader has gone; keep the interpreter from failing once more when it flushes stdout.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
+        return 141
+    except (KeyboardInterrupt, typer.Abort):
+        code = INTERRUPTED  # some versions of Typer raise Abort for Ctrl-C, some return 130 themselves
+    except typer.Exit as stop:
+        return stop.exit_code
+    except LinearizeError as error:
+        return _failed(str(error), error.exit_code)
+    except Exception as error:
+        return _unexpected(error)
+    if code == INTERRUPTED:
+        say("interrupted")
+    return code if isinstance(code, int) else 0
+
+
+def _unexpected(error: Exception) -> int:
+    # Typer carries its own copy of click, or uses the real one: know a usage error by what it can do.
+    if hasattr(error, "format_message") and hasattr(error, "exit_code"):
+        context = getattr(error, "ctx", None)
+        command = context.command_path if context is not None else "linearize"
+        message = " ".join(str(error.format_message()).split())
+        end = "" if message.endswith((".", "!", "?")) else "."
+        return _failed(f"{message}{end} See {command} --help", 2)
+    kind = type(error).__name__
+    text = " ".join(str(error).split())[:300]
+    if kind == "OutOfMemoryError" or isinstance(error, MemoryError):
+        return _failed("out of memory", 1, "Lower align.batch_tokens, finetune.batch_tokens or context")
+    if isinstance(error, OSError) and error.strerror:
+        place = f"{error.filename}: " if error.filename else ""
+        return _failed(f"{place}{error.strerror}", 1)
+    return _failed(f"{kind}: {text}" if text else kind, 1, f"Set {DEBUG}=1 for the traceback")
+
+
+def _failed(message: str, code: int, hint: str | None = None) -> int:
+    if os.environ.get(DEBUG):
+        traceback.print_exc()
+    fail(f"{message}. {hint}." if hint else message)
+    return code

@@ -1,0 +1,122 @@
+"""`linearize doctor`: what is installed, what the machine has, and whether the mixers compute rightly on it."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import importlib.util
+import platform
+from typing import Any
+
+from linearize.errors import VerificationError
+
+REQUIRED = ("torch", "transformers", "peft", "accelerate", "safetensors", "numpy", "typer", "rich", "pyyaml")
+OPTIONAL = ("triton", "datasets", "lm-eval")
+SELF_TEST_RECIPES = ("lolcats", "liger-gla", "gated-deltanet")
+"""One recipe for each kind of recurrence: with a window and a shared denominator, gated by its keys, delta rule."""
+
+PREFILL, DECODE = 130, 12
+"""Tokens of the self-test: the prefill ends inside the third block of the window."""
+
+TOLERANCE = 1e-4
+"""Largest difference of logits, relative to the largest logit, in float32."""
+
+
+def examine() -> dict[str, Any]:
+    """Everything that `linearize doctor` prints: version, python, platform, packages, device and self_test."""
+    from linearize import __version__
+
+    report: dict[str, Any] = {
+        "linearize": __version__,
+        "python": platform.python_version(),
+        "platform": platform.platform(),
+        "packages": {name: _version(name) for name in REQUIRED + OPTIONAL},
+    }
+    missing = [name for name in REQUIRED if report["packages"][name] is None]
+    if missing:
+        return report | {"problems": [f"{name} is not installed" for name in missing]}
+    try:
+        report["device"] = _device()
+        report["self_test"] = [_self_test(name) for name in SELF_TEST_RECIPES]
+    except Exception as error:  # a broken torch or driver is what this command is there to find
+        return report | {"problems": [f"{type(error).__name__}: {' '.join(str(error).split())[:300]}"]}
+    failed = [row for row in report["self_test"] if not row["passed"]]
+    return report | {"problems": [f"{row['recipe']}: prefill and decode differ, see self_test" for row in failed]}
+
+
+def verdict(report: dict[str, Any]) -> None:
+    """Raise what an examination found.
+
+    Raises:
+        VerificationError: a required package is missing or the self-test failed.
+    """
+    if report["problems"]:
+        raise VerificationError("; ".join(report["problems"]))
+
+
+def _version(name: str) -> str | None:
+    try:
+        return importlib.metadata.version(name)
+    except importlib.metadata.PackageNotFoundError:
+        return None
+
+
+def _device() -> dict[str, Any]:
+    import torch
+
+    found: dict[str, Any] = {"cpu_threads": torch.get_num_threads(), "cuda": torch.version.cuda, "gpus": []}
+    if torch.cuda.is_available():
+        for index in range(torch.cuda.device_count()):
+            properties = torch.cuda.get_device_properties(index)
+            capability = f"{properties.major}.{properties.minor}"
+            found["gpus"].append(
+                {"name": properties.name, "capability": capability, "memory_bytes": properties.total_memory}
+            )
+    found["triton"] = importlib.util.find_spec("triton") is not None
+    return found
+
+
+def _self_test(name: str) -> dict[str, Any]:
+    """Prefill of a few tokens and decoding them one by one must give the same logits, on a tiny random model."""
+    import time
+
+    import torch
+    from transformers import LlamaConfig
+
+    from linearize.artifacts.load import select_device
+    from linearize.modeling.configuration_linearized import linearized_config
+    from linearize.modeling.modeling_linearized import MODELS
+    from linearize.recipe import load_recipe
+
+    native = LlamaConfig(
+        vocab_size=128,
+        hidden_size=64,
+        intermediate_size=96,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        head_dim=16,
+        max_position_embeddings=256,
+    )
+    began = time.perf_counter()
+    device = select_device("auto")
+    with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
+        torch.manual_seed(0)
+        config = linearized_config(native, layer_mixers=["linear"] * 2, spec=load_recipe(name).mixer)
+        model = MODELS["llama"](config).to(device=device, dtype=torch.float32).eval()
+        ids = torch.randint(0, native.vocab_size, (2, PREFILL + DECODE)).to(device)
+    with torch.no_grad():
+        whole = model(ids, use_cache=False).logits[:, PREFILL - 1 :]
+        read = model(ids[:, :PREFILL], use_cache=True)
+        steps, cache = [read.logits[:, -1:]], read.past_key_values
+        for place in range(PREFILL, PREFILL + DECODE):
+            step = model(ids[:, place : place + 1], past_key_values=cache, use_cache=True)
+            steps.append(step.logits)
+            cache = step.past_key_values
+    difference = ((torch.cat(steps, 1) - whole).abs().max() / whole.abs().max()).item()
+    return {
+        "recipe": name,
+        "device": str(device),
+        "difference": difference,
+        "passed": difference <= TOLERANCE,  # False for nan
+        "seconds": time.perf_counter() - began,
+    }

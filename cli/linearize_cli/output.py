@@ -1,0 +1,326 @@
+"""What people and programs see: results and progress for people on stderr, one JSON object for programs on stdout."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import math
+import os
+import sys
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from rich.console import Console
+
+SECONDS_BETWEEN_LINES = 5.0
+"""How often progress prints a line where there is no terminal."""
+
+_PLAIN_WIDTH = 140
+_WIDE = 140
+
+
+def console() -> Console:
+    """A rich console on stderr. Colours only on a terminal and without NO_COLOR; text is never read as markup."""
+    from rich.console import Console
+
+    plain = not sys.stderr.isatty()
+    return Console(stderr=True, markup=False, emoji=False, highlight=False, width=_PLAIN_WIDTH if plain else None)
+
+
+def say(text: str) -> None:
+    """One line for people, never wrapped."""
+    print(text, file=sys.stderr, flush=True)
+
+
+def fail(text: str) -> None:
+    """The one line of an error."""
+    colour = sys.stderr.isatty() and not os.environ.get("NO_COLOR") and os.environ.get("TERM") != "dumb"
+    say(f"\x1b[1;31merror:\x1b[0m {text}" if colour else f"error: {text}")
+
+
+def program() -> str:
+    """How this program was called, to print commands that work when they are pasted back."""
+    name = Path(sys.argv[0]).name
+    return "linearize" if name.startswith("linearize") else f"{Path(sys.executable).name} -m linearize_cli"
+
+
+def print_json(value: Any) -> None:
+    """One JSON object on stdout; numbers that JSON does not have (nan, inf) become null."""
+    print(json.dumps(_json_ready(value), indent=2, ensure_ascii=False, allow_nan=False), flush=True)
+
+
+@contextlib.contextmanager
+def only_json(wanted: bool) -> Iterator[None]:
+    """With `wanted`, whatever the libraries print meanwhile goes to stderr, so that stdout holds the JSON alone."""
+    if not wanted:
+        yield
+        return
+    with contextlib.redirect_stdout(sys.stderr):
+        yield
+
+
+def print_report(title: str, report: Mapping[str, Any]) -> None:
+    """A result for people: its figures as aligned lines, its lists of mappings as tables, in the order given."""
+    target = console()
+    if title:
+        target.print(title, style="bold")
+    _print_section(target, report, indent=0)
+
+
+def print_evaluation(result: Mapping[str, Any]) -> None:
+    """What `linearize.evaluate` returns: under what conditions, and the figures, two models side by side."""
+    target = console()
+    against = result.get("against")
+    shown = [result, *([against] if against else [])]
+    conditions = ("context", "windows", "dtype", "device", "bos", "eos")
+    stated = ", ".join(f"{_label(name)} {_figure(name, result[name])}" for name in conditions if name in result)
+    target.print(f"protocol {result.get('protocol')}: {stated}", soft_wrap=True)
+    nested = [name for name, value in result.items() if _is_nested(value)]
+    skip = {*nested, *conditions, "protocol", "model", "against", "model_type", "tokenizer_sha256"}
+    columns = [str(subject.get("model")) for subject in shown]
+    if len(set(columns)) < len(columns):
+        columns[1] += " (against)"
+    rows = []
+    for name in (name for name in result if name not in skip):
+        row = {"": _label(name)}
+        for subject, column in zip(shown, columns, strict=True):
+            row[column] = _figure("", subject.get(name))
+        if against:
+            row["ratio"] = _figure("", (result.get("ratio") or {}).get(name))
+        rows.append(row)
+    print_table(rows, to=target)
+    for subject in shown:
+        if subject.get("by_position"):
+            print_table(subject["by_position"], title=f"{subject.get('model')} by position", to=target)
+    _print_section(target, {"data": result.get("data") or {}}, indent=0)
+
+
+def print_audit(result: Mapping[str, Any]) -> None:
+    """What `linearize.audit` returns, the recovery first."""
+    target = console()
+    recovery = result.get("R")
+    verdict = "not defined" if recovery is None else f"{recovery:.1f} %"
+    target.print(f"Recovery R: {verdict} (0 %: the teacher cut to the window, 100 %: the teacher)", style="bold")
+    first = ("ppl_teacher", "ppl_window", "ppl_student", "branches", "by_position", "reference", "notes")
+    ordered = {name: result[name] for name in first if name in result}
+    rest = {name: value for name, value in result.items() if name not in (*first, "R")}
+    _print_section(target, {**ordered, **rest}, indent=0)
+
+
+def print_table(rows: Sequence[Mapping[str, Any]], *, title: str | None = None, to: Console | None = None) -> None:
+    """Rows with the same or nearly the same keys, one column a key."""
+    from rich import box
+    from rich.table import Table
+
+    names = list(dict.fromkeys(name for row in rows for name in row))
+    table = Table(box=box.SIMPLE_HEAD, title=title, title_justify="left", pad_edge=False)
+    for name in names:
+        numeric = all(isinstance(row.get(name), (int, float, type(None))) for row in rows)
+        table.add_column(_label(name), justify="right" if numeric else "left")
+    for row in rows:
+        table.add_row(*(_figure(name, row.get(name)) for name in names))
+    (to or console()).print(table)
+
+
+def make_progress() -> BarProgress | LineProgress:
+    """Bars on a terminal, plain lines elsewhere."""
+    return BarProgress() if sys.stderr.isatty() and os.environ.get("TERM") != "dumb" else LineProgress()
+
+
+class _Clock:
+    """Speed and time left of one stage, counted from the first step that this process makes."""
+
+    def __init__(self, total_steps: int, tokens_per_step: int) -> None:
+        self.total_steps = total_steps
+        self.tokens_per_step = tokens_per_step
+        self.began = time.monotonic()
+        self.first: int | None = None
+
+    def update(self, step: int) -> tuple[float, float]:
+        """(tokens a second, seconds left) after `step` steps."""
+        if self.first is None:
+            self.first = step - 1
+        seconds_a_step = max(time.monotonic() - self.began, 1e-9) / max(step - self.first, 1)
+        return self.tokens_per_step / seconds_a_step, max(self.total_steps - step, 0) * seconds_a_step
+
+
+class LineProgress:
+    """Progress as plain lines: the first and last step of a stage and one every few seconds."""
+
+    def __init__(self) -> None:
+        self._clock = _Clock(0, 0)
+        self._spoke = 0.0
+
+    def start(self, stage: str, total_steps: int, tokens_per_step: int) -> None:
+        """Announce the stage."""
+        self._clock = _Clock(total_steps, tokens_per_step)
+        self._spoke = 0.0
+        say(f"{stage}: {total_steps:,} steps of {tokens_per_step:,} tokens")
+
+    def step(self, stage: str, step: int, loss: float, tokens: int, extra: Mapping[str, Any]) -> None:
+        """Say where the stage is, if it is time to."""
+        speed, left = self._clock.update(step)
+        total = self._clock.total_steps
+        now = time.monotonic()
+        if step < total and now - self._spoke < SECONDS_BETWEEN_LINES:
+            return
+        self._spoke = now
+        more = "".join(f", {_label(name)} {_figure(name, value)}" for name, value in extra.items())
+        say(f"{stage}: step {step:,}/{total:,}, loss {loss:.4g}{more}, {speed:,.0f} tokens/s, {_clock_time(left)} left")
+
+    def layer_table(self, rows: Sequence[Mapping[str, Any]]) -> None:
+        """The match of each layer."""
+        print_table(rows, title="How well each layer is matched")
+
+    def message(self, text: str) -> None:
+        """One line."""
+        say(text)
+
+    def finish(self, stage: str) -> None:
+        """Nothing: the last step has been told."""
+
+    def close(self) -> None:
+        """Nothing to give back."""
+
+
+class BarProgress:
+    """Progress as a bar with loss, tokens a second and time left."""
+
+    def __init__(self) -> None:
+        from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
+
+        self._console = console()
+        self._bar = Progress(
+            TextColumn("{task.description}", markup=False),
+            BarColumn(bar_width=None),
+            MofNCompleteColumn(),
+            TextColumn("{task.fields[figures]}", markup=False),
+            console=self._console,
+            transient=False,
+            redirect_stdout=False,
+            redirect_stderr=True,
+        )
+        self._task: Any = None
+        self._clock = _Clock(0, 0)
+
+    def start(self, stage: str, total_steps: int, tokens_per_step: int) -> None:
+        """A new bar."""
+        self._clock = _Clock(total_steps, tokens_per_step)
+        if self._task is not None:
+            self._bar.update(self._task, visible=False)  # it has been left on the screen above
+        self._task = self._bar.add_task(stage, total=total_steps, figures="")
+        self._bar.start()
+
+    def step(self, stage: str, step: int, loss: float, tokens: int, extra: Mapping[str, Any]) -> None:
+        """Move the bar."""
+        speed, left = self._clock.update(step)
+        figures = f"loss {loss:.4g}  {speed:,.0f} tokens/s  {_clock_time(left)} left"
+        if self._console.width >= _WIDE:
+            figures += "".join(f"  {_label(name)} {_figure(name, value)}" for name, value in extra.items())
+        self._bar.update(self._task, completed=step, figures=figures)
+
+    def layer_table(self, rows: Sequence[Mapping[str, Any]]) -> None:
+        """The match of each layer, above the bar."""
+        print_table(rows, title="How well each layer is matched", to=self._console)
+
+    def message(self, text: str) -> None:
+        """One line above the bar."""
+        self._console.print(text, soft_wrap=True)
+
+    def finish(self, stage: str) -> None:
+        """Leave the bar as it is and give the terminal back."""
+        self.close()
+
+    def close(self) -> None:
+        """Give the terminal back, also after an error."""
+        self._bar.stop()
+
+
+def _print_section(target: Console, values: Mapping[str, Any], *, indent: int, unit: str = "") -> None:
+    plain = {name: value for name, value in values.items() if not _is_nested(value)}
+    width = max((len(_label(name)) for name in plain), default=0)
+    for name, value in values.items():
+        if name in plain:
+            figure = _figure(unit or name, value)
+            target.print(f"{'':{indent}}{_label(name):{width}}  {figure}", soft_wrap=True)
+        elif isinstance(value, Mapping) and _is_grid(value):
+            rows = [{"": str(key), **row} for key, row in value.items()]
+            print_table(rows, title=_label(name), to=target)
+        elif isinstance(value, Mapping):
+            target.print(f"{'':{indent}}{_label(name)}", style="bold")
+            _print_section(target, value, indent=indent + 2, unit=name if _in_bytes(name) else "")
+        else:
+            print_table(value, title=_label(name), to=target)
+
+
+def _is_nested(value: Any) -> bool:
+    if isinstance(value, Mapping):
+        return bool(value)
+    return isinstance(value, (list, tuple)) and bool(value) and all(isinstance(item, Mapping) for item in value)
+
+
+def _is_grid(value: Mapping[str, Any]) -> bool:
+    """Whether a mapping of mappings reads better as a table: flat rows that share their keys."""
+    rows = list(value.values())
+    if len(rows) < 2 or not all(isinstance(row, Mapping) and row for row in rows):
+        return False
+    return all(row.keys() == rows[0].keys() and not any(map(_is_nested, row.values())) for row in rows)
+
+
+def _label(name: str) -> str:
+    return str(name).replace("_", " ")
+
+
+def _figure(name: str, value: Any) -> str:
+    """One value, readable: bytes in binary units, whole numbers in groups, floats with five digits."""
+    if value is None:
+        return "-"
+    if isinstance(value, Mapping) and not value:
+        return "none"
+    if isinstance(value, bool):
+        return "yes" if value else "no"
+    if isinstance(value, int) and _in_bytes(name):
+        return _bytes(value)
+    if isinstance(value, int):
+        return f"{value:,}" if abs(value) >= 10_000 else str(value)
+    if isinstance(value, float):
+        return f"{value:,.2f}" if 100 <= abs(value) < 1e9 else f"{value:.5g}"
+    if isinstance(value, (list, tuple)):
+        return ", ".join(_figure(name, item) for item in value) or "none"
+    return " ".join("".join(c if c.isprintable() else " " for c in str(value)).split()) or "-"
+
+
+def _in_bytes(name: str) -> bool:
+    return "bytes" in name.split("_")
+
+
+def _bytes(value: int) -> str:
+    size, units = float(value), ("bytes", "KiB", "MiB", "GiB", "TiB")
+    for unit in units:
+        if abs(size) < 1024 or unit == units[-1]:
+            break
+        size /= 1024
+    return f"{value} bytes" if unit == "bytes" else f"{size:,.1f} {unit}"
+
+
+def _clock_time(seconds: float) -> str:
+    if not math.isfinite(seconds):
+        return "?"
+    minutes, rest = divmod(round(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours}:{minutes:02}:{rest:02}" if hours else f"{minutes}:{rest:02}"
+
+
+def _json_ready(value: Any) -> Any:
+    if isinstance(value, Mapping):
+        return {str(key): _json_ready(inner) for key, inner in value.items()}
+    if isinstance(value, (list, tuple, set, frozenset)):
+        return [_json_ready(inner) for inner in value]
+    if isinstance(value, bool) or value is None or isinstance(value, (int, str)):
+        return value
+    if isinstance(value, float):
+        return value if math.isfinite(value) else None
+    return str(value)
