@@ -42,7 +42,7 @@ def chunk_linear(
         v: values [N, S, L, V].
         log_decay: g <= 0, [N, S, L] or [N, S, L, F]; None: no decay.
         state: S at index 0, [N, S, F, V] float32; None: zeros.
-        chunk: C, a power of two where the decay is per channel.
+        chunk: C.
         lag: read the state as it was two chunks ago, and nothing inside the chunk.
 
     Returns:

@@ -40,7 +40,7 @@ except ImportError:  # an exported model without linearize: the same files lie b
 
 BRANCHES = ("full", "window", "linear", "none")
 CHUNK = 64
-"""Tokens a chunk where no window sets it; a power of two."""
+"""Tokens a chunk where no window sets it."""
 STRETCH = 2048
 """Tokens of a prefill that are read at once."""
 TINY = 1e-30
