@@ -7,6 +7,7 @@ VENV ?= .venv
 OUT ?= demo-out
 # About three minutes of training on two cores: enough to see each stage work, far too little for a good model.
 BUDGET ?= context=512 align.tokens=250k align.batch_tokens=2048 finetune.tokens=60k finetune.batch_tokens=2048
+SAMPLE := --prompt 'def read_file(path):' --temperature 0.7 --seed 1 --max-new-tokens 60 --dtype float32
 TEST_JOBS ?= 2
 EXTRAS ?= test,dev
 PYTEST_ARGS ?=
@@ -43,7 +44,11 @@ demo: $(VENV)/.installed
 	@if [ -f $(OUT)/linearize.json ]; then rm -rf $(OUT); fi
 	$(BIN)/linearize convert demo $(OUT) --recipe lolcats --data demo $(BUDGET)
 	$(BIN)/linearize audit $(OUT) --against demo --data demo --context 512 --dtype float32
-	$(BIN)/linearize generate $(OUT) --prompt 'def main(argv=None):' --dtype float32
+	@echo; echo 'The teacher continues a prompt:'
+	@$(BIN)/linearize generate demo $(SAMPLE)
+	@echo; echo 'The student continues the same prompt:'
+	@$(BIN)/linearize generate $(OUT) $(SAMPLE)
+	@echo; echo 'This is a toy budget (250k tokens of alignment, 60k of finetuning); the measured recipes are in README.md.'
 
 test: $(VENV)/.installed-test
 	$(BIN)/python -m pytest -q -n $(TEST_JOBS) --dist worksteal $(PYTEST_ARGS)

@@ -65,7 +65,7 @@ def cells(row: dict[str, Any]) -> tuple[str, ...]:
         row["recipe"],
         f"{tokens / 1e6:.1f}M",
         f"{trained['align']:,} + {trained['finetune']:,}",
-        f"{convert['seconds']['total']:.0f}",
+        f"{sum(s for name, s in convert['seconds'].items() if name != 'total'):.0f}",  # of a resumed run, all of it
         f"{convert['state_bytes'] / 1024:.0f}",
         f"{audit['ppl_student']:.2f}",
         recovered,

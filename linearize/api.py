@@ -45,6 +45,9 @@ def convert(
         UsageError: bad input. RefusedError: refused before any work. VerificationError: the result does not hold.
     """
     plan = load_recipe(recipe, overrides)
+    from linearize.convert.early import refuse_early
+
+    refuse_early(model, out, data, resume=resume)  # torch and transformers take seconds to import
     from linearize.convert.pipeline import convert as run
     from linearize.progress import NullProgress
 

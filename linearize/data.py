@@ -73,23 +73,32 @@ def load_source(
     if split not in (None, "train", "heldout"):
         raise UsageError(f"data split {split!r} is unknown", hint="Use train or heldout")
     path = Path(place).expanduser()
+    kind = _kind(place, path)
     records: Iterable[tuple[str, str | None]]
-    if place == "demo":
-        kind, records = "demo", _demo_records(split or "train")
-    elif path.is_dir():
-        kind, records = "folder", _folder_records(path)
-    elif path.exists():
-        kind, records = "file", _file_records(path)
-    elif _is_hub_id(place):
-        kind, records = "hub", _hub_records(place, split or "train", options.get("config"))
+    if kind == "demo":
+        records = _demo_records(split or "train")
+    elif kind == "folder":
+        records = _folder_records(path)
+    elif kind == "file":
+        records = _file_records(path)
     else:
-        raise _missing(path)
+        records = _hub_records(place, split or "train", options.get("config"))
     if "config" in options and kind != "hub":
         raise UsageError(
             f"{data}: config= picks a configuration of a Hub dataset", hint=f"{place} is local: leave it out"
         )
     texts = _collect(records, place, source, limit_bytes)
     return texts, Source(kind=kind, name=data, documents=len(texts), bytes=_size(texts), sha256=_digest(texts))
+
+
+def require_place(data: str) -> None:
+    """That `data` is something to read, as far as its name tells; nothing is read.
+
+    Raises:
+        UsageError: no such file or folder, and not the form of a Hub id.
+    """
+    place = _split_suffixes(data)[0]
+    _kind(place, Path(place).expanduser())
 
 
 def tokenize_documents(texts: Sequence[str], tokenizer: Any) -> list[list[int]]:
@@ -169,6 +178,18 @@ def _split_suffixes(data: str) -> tuple[str, dict[str, str]]:
     return place, options
 
 
+def _kind(place: str, path: Path) -> str:
+    if place == "demo":
+        return "demo"
+    if path.is_dir():
+        return "folder"
+    if path.exists():
+        return "file"
+    if _is_hub_id(place):
+        return "hub"
+    raise _missing(path)
+
+
 def _agree(data: str, argument: str | None, suffix: str | None) -> str | None:
     if argument is not None and suffix is not None and argument != suffix:
         raise UsageError(f"{data}: the source is also given as {argument!r}", hint="Give it once")
@@ -219,7 +240,7 @@ def _file_records(path: Path) -> Iterator[tuple[str, str | None]]:
             else:
                 for number, line in enumerate(file, start=1):
                     if line.strip():
-                        yield _record(_parse(line, path, number), path, f"line {number}")
+                        yield _record(_parse(line.rstrip(b"\r\n"), path, number), path, f"line {number}")
     # A damaged archive raises any of these while it is being read.
     except (OSError, EOFError, lzma.LZMAError, zlib.error) as error:
         raise UsageError(f"{path}: cannot be read ({error})") from error
@@ -233,7 +254,7 @@ def _json_records(data: bytes, path: Path) -> Iterator[tuple[str, str | None]]:
         return
     for number, line in enumerate(data.split(b"\n"), start=1):
         if line.strip():
-            yield _record(_parse(line, path, number), path, f"line {number}")
+            yield _record(_parse(line.rstrip(b"\r"), path, number), path, f"line {number}")
 
 
 def _parse(data: bytes, path: Path, number: int) -> Any:

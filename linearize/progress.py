@@ -2,8 +2,32 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from contextvars import ContextVar
 from typing import Any, Protocol, runtime_checkable
+
+Listener = Callable[[str, str], None]
+"""Is told what is being done, and to whom: ("reading 64 windows of 512 tokens", "out (window)")."""
+
+_LISTENER: ContextVar[Listener | None] = ContextVar("listener", default=None)
+
+
+def tell(what: str, who: str) -> None:
+    """Say to whoever listens what begins now; nobody need listen."""
+    listener = _LISTENER.get()
+    if listener is not None:
+        listener(what, who)
+
+
+@contextmanager
+def told_to(listener: Listener) -> Iterator[None]:
+    """Have `listener` called with whatever is told meanwhile."""
+    token = _LISTENER.set(listener)
+    try:
+        yield
+    finally:
+        _LISTENER.reset(token)
 
 
 @runtime_checkable

@@ -13,14 +13,14 @@ from linearize.errors import RefusedError, UsageError
 from linearize_cli.output import (
     make_progress,
     only_json,
-    print_audit,
-    print_evaluation,
     print_json,
     print_report,
     print_table,
     program,
     say,
+    watching,
 )
+from linearize_cli.results import print_audit, print_conversion, print_evaluation, print_inspection, print_plan
 
 # Plain help: rich's would more than double the time that --help takes.
 app = typer.Typer(
@@ -95,7 +95,9 @@ def inspect(
         from linearize.convert.plan import inspect as run
 
         result = run(model, chosen)
-    _finish(result, as_json, f"{model}" + (f" with {recipe}" if recipe else ""))
+    if as_json:
+        return print_json(result)
+    print_inspection(result, f"{model}" + (f" with {recipe}" if recipe else ""))
 
 
 @app.command()
@@ -132,7 +134,9 @@ def convert(
             from linearize.convert.plan import make_plan
 
             result = make_plan(model, recipe=chosen, data=data, out=out)
-        return _finish(result, as_json, f"Plan: {model} to {out} with {chosen.name}")
+        if as_json:
+            return print_json(result)
+        return print_plan(result, f"Plan: {model} to {out} with {chosen.name}")
     if data is None:
         raise UsageError("--data: missing", "Name a text file, a folder, a Hub data set, or demo.")
     progress = make_progress()
@@ -147,9 +151,10 @@ def convert(
             raise
         finally:
             progress.close()
-    _finish(result, as_json, f"Converted {model} to {out} with {chosen.name}")
-    if not as_json:
-        say(f"Next: linearize audit {out} --against {model} --data {data}")
+    if as_json:
+        return print_json(result)
+    print_conversion(result, f"Converted {model} with {chosen.name}", out)
+    say(f"Next: {program()} {shlex.join(['audit', out, '--against', model, '--data', data])}")
 
 
 @app.command(name="eval")
@@ -174,7 +179,7 @@ def evaluate(
       linearize eval out --against demo --data demo
       linearize eval ./my-llama --data wikitext2-raw-test.txt --protocol lm-eval/wikitext --context 2048
     """
-    with only_json(as_json):
+    with only_json(as_json), watching():
         from linearize.api import evaluate as run
 
         result = run(model, data=data, protocol=protocol, context=context, against=against, device=device, dtype=dtype)
@@ -201,7 +206,7 @@ def audit(
     Example:
       linearize audit out --against demo --data demo
     """
-    with only_json(as_json):
+    with only_json(as_json), watching():
         from linearize.api import audit as run
 
         result = run(out, against=against, data=data, context=context, device=device, dtype=dtype)

@@ -20,6 +20,8 @@ SECONDS_BETWEEN_LINES = 5.0
 
 _PLAIN_WIDTH = 140
 _WIDE = 140
+_MATCH_TITLE = "How well each layer is matched (explained: share of the teacher's attention output)"
+_SHARES = ("match", "explained")
 
 
 def console() -> Console:
@@ -70,46 +72,6 @@ def print_report(title: str, report: Mapping[str, Any]) -> None:
     _print_section(target, report, indent=0)
 
 
-def print_evaluation(result: Mapping[str, Any]) -> None:
-    """What `linearize.evaluate` returns: under what conditions, and the figures, two models side by side."""
-    target = console()
-    against = result.get("against")
-    shown = [result, *([against] if against else [])]
-    conditions = ("context", "windows", "dtype", "device", "bos", "eos")
-    stated = ", ".join(f"{_label(name)} {_figure(name, result[name])}" for name in conditions if name in result)
-    target.print(f"protocol {result.get('protocol')}: {stated}", soft_wrap=True)
-    nested = [name for name, value in result.items() if _is_nested(value)]
-    skip = {*nested, *conditions, "protocol", "model", "against", "model_type", "tokenizer_sha256"}
-    columns = [str(subject.get("model")) for subject in shown]
-    if len(set(columns)) < len(columns):
-        columns[1] += " (against)"
-    rows = []
-    for name in (name for name in result if name not in skip):
-        row = {"": _label(name)}
-        for subject, column in zip(shown, columns, strict=True):
-            row[column] = _figure("", subject.get(name))
-        if against:
-            row["ratio"] = _figure("", (result.get("ratio") or {}).get(name))
-        rows.append(row)
-    print_table(rows, to=target)
-    for subject in shown:
-        if subject.get("by_position"):
-            print_table(subject["by_position"], title=f"{subject.get('model')} by position", to=target)
-    _print_section(target, {"data": result.get("data") or {}}, indent=0)
-
-
-def print_audit(result: Mapping[str, Any]) -> None:
-    """What `linearize.audit` returns, the recovery first."""
-    target = console()
-    recovery = result.get("R")
-    verdict = "not defined" if recovery is None else f"{recovery:.1f} %"
-    target.print(f"Recovery R: {verdict} (0 %: the teacher cut to the window, 100 %: the teacher)", style="bold")
-    first = ("ppl_teacher", "ppl_window", "ppl_student", "branches", "by_position", "reference", "notes")
-    ordered = {name: result[name] for name in first if name in result}
-    rest = {name: value for name, value in result.items() if name not in (*first, "R")}
-    _print_section(target, {**ordered, **rest}, indent=0)
-
-
 def print_table(rows: Sequence[Mapping[str, Any]], *, title: str | None = None, to: Console | None = None) -> None:
     """Rows with the same or nearly the same keys, one column a key."""
     from rich import box
@@ -119,15 +81,45 @@ def print_table(rows: Sequence[Mapping[str, Any]], *, title: str | None = None, 
     table = Table(box=box.SIMPLE_HEAD, title=title, title_justify="left", pad_edge=False)
     for name in names:
         numeric = all(isinstance(row.get(name), (int, float, type(None))) for row in rows)
-        table.add_column(_label(name), justify="right" if numeric else "left")
+        table.add_column(_label(name), justify="right" if numeric else "left", overflow="fold")
     for row in rows:
-        table.add_row(*(_figure(name, row.get(name)) for name in names))
+        table.add_row(*(figure(name, row.get(name)) for name in names))
     (to or console()).print(table)
+
+
+@contextlib.contextmanager
+def watching() -> Iterator[None]:
+    """While it works, the library's doings: a line that goes away again on a terminal, else each said once."""
+    from linearize.progress import told_to
+
+    if _drawable():
+        with console().status("loading") as status, told_to(lambda what, who: status.update(_plain(f"{what}: {who}"))):
+            yield
+        return
+    said: set[str] = set()
+
+    def once(what: str, who: str) -> None:
+        if what not in said:
+            said.add(what)
+            say(what)
+
+    with told_to(once):
+        yield
+
+
+def _plain(text: str) -> Any:
+    from rich.text import Text
+
+    return Text(text)
+
+
+def _drawable() -> bool:
+    return sys.stderr.isatty() and os.environ.get("TERM") != "dumb"
 
 
 def make_progress() -> BarProgress | LineProgress:
     """Bars on a terminal, plain lines elsewhere."""
-    return BarProgress() if sys.stderr.isatty() and os.environ.get("TERM") != "dumb" else LineProgress()
+    return BarProgress() if _drawable() else LineProgress()
 
 
 class _Clock:
@@ -158,7 +150,7 @@ class LineProgress:
         """Announce the stage."""
         self._clock = _Clock(total_steps, tokens_per_step)
         self._spoke = 0.0
-        say(f"{stage}: {total_steps:,} steps of {tokens_per_step:,} tokens")
+        say(f"{stage}: {plural(total_steps, 'step')} of {tokens_per_step:,} tokens")
 
     def step(self, stage: str, step: int, loss: float, tokens: int, extra: Mapping[str, Any]) -> None:
         """Say where the stage is, if it is time to."""
@@ -168,12 +160,12 @@ class LineProgress:
         if step < total and now - self._spoke < SECONDS_BETWEEN_LINES:
             return
         self._spoke = now
-        more = "".join(f", {_label(name)} {_figure(name, value)}" for name, value in extra.items())
+        more = "".join(f", {_label(name)} {figure(name, value)}" for name, value in extra.items())
         say(f"{stage}: step {step:,}/{total:,}, loss {loss:.4g}{more}, {speed:,.0f} tokens/s, {_clock_time(left)} left")
 
     def layer_table(self, rows: Sequence[Mapping[str, Any]]) -> None:
         """The match of each layer."""
-        print_table(rows, title="How well each layer is matched")
+        print_table(without_copies(rows), title=_MATCH_TITLE)
 
     def message(self, text: str) -> None:
         """One line."""
@@ -219,12 +211,12 @@ class BarProgress:
         speed, left = self._clock.update(step)
         figures = f"loss {loss:.4g}  {speed:,.0f} tokens/s  {_clock_time(left)} left"
         if self._console.width >= _WIDE:
-            figures += "".join(f"  {_label(name)} {_figure(name, value)}" for name, value in extra.items())
+            figures += "".join(f"  {_label(name)} {figure(name, value)}" for name, value in extra.items())
         self._bar.update(self._task, completed=step, figures=figures)
 
     def layer_table(self, rows: Sequence[Mapping[str, Any]]) -> None:
         """The match of each layer, above the bar."""
-        print_table(rows, title="How well each layer is matched", to=self._console)
+        print_table(without_copies(rows), title=_MATCH_TITLE, to=self._console)
 
     def message(self, text: str) -> None:
         """One line above the bar."""
@@ -244,8 +236,7 @@ def _print_section(target: Console, values: Mapping[str, Any], *, indent: int, u
     width = max((len(_label(name)) for name in plain), default=0)
     for name, value in values.items():
         if name in plain:
-            figure = _figure(unit or name, value)
-            target.print(f"{'':{indent}}{_label(name):{width}}  {figure}", soft_wrap=True)
+            target.print(f"{'':{indent}}{_label(name):{width}}  {figure(unit or name, value)}", soft_wrap=True)
         elif isinstance(value, Mapping) and _is_grid(value):
             rows = [{"": str(key), **row} for key, row in value.items()]
             print_table(rows, title=_label(name), to=target)
@@ -274,7 +265,7 @@ def _label(name: str) -> str:
     return str(name).replace("_", " ")
 
 
-def _figure(name: str, value: Any) -> str:
+def figure(name: str, value: Any) -> str:
     """One value, readable: bytes in binary units, whole numbers in groups, floats with five digits."""
     if value is None:
         return "-"
@@ -283,13 +274,17 @@ def _figure(name: str, value: Any) -> str:
     if isinstance(value, bool):
         return "yes" if value else "no"
     if isinstance(value, int) and _in_bytes(name):
-        return _bytes(value)
+        return human_bytes(value)
     if isinstance(value, int):
         return f"{value:,}" if abs(value) >= 10_000 else str(value)
+    if isinstance(value, float) and name.rsplit("_", 1)[-1] in _SHARES:
+        return f"{value:.1%}".replace("%", " %")
+    if isinstance(value, float) and name.rsplit("_", 1)[-1] == "seconds":
+        return seconds(value)
     if isinstance(value, float):
         return f"{value:,.2f}" if 100 <= abs(value) < 1e9 else f"{value:.5g}"
     if isinstance(value, (list, tuple)):
-        return ", ".join(_figure(name, item) for item in value) or "none"
+        return ", ".join(figure(name, item) for item in value) or "none"
     return " ".join("".join(c if c.isprintable() else " " for c in str(value)).split()) or "-"
 
 
@@ -297,7 +292,30 @@ def _in_bytes(name: str) -> bool:
     return "bytes" in name.split("_")
 
 
-def _bytes(value: int) -> str:
+def plural(count: int, noun: str) -> str:
+    """`1 step`, `2 steps`, `10,000 steps`."""
+    return f"{count:,} {noun}" if count == 1 else f"{count:,} {noun}s"
+
+
+def seconds(value: float) -> str:
+    """A duration: `0.08 s`, `12.3 s`, `2:05`."""
+    if not math.isfinite(value) or value >= 120:
+        return _clock_time(value)
+    return f"{value:.2f} s" if value < 1 else f"{value:.1f} s"
+
+
+def without_copies(rows: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
+    """`rows` less every column that repeats an earlier one, such as the loss where it is the normalised error."""
+    kept: dict[str, list[Any]] = {}
+    for name in dict.fromkeys(name for row in rows for name in row):
+        values = [row.get(name) for row in rows]
+        if values not in kept.values():
+            kept[name] = values
+    return [{name: values[i] for name, values in kept.items()} for i in range(len(rows))]
+
+
+def human_bytes(value: int) -> str:
+    """Bytes in binary units."""
     size, units = float(value), ("bytes", "KiB", "MiB", "GiB", "TiB")
     for unit in units:
         if abs(size) < 1024 or unit == units[-1]:

@@ -126,7 +126,7 @@ def sha256(path: str | os.PathLike[str]) -> str:
     return digest.hexdigest()
 
 
-def require_empty(out: str | os.PathLike[str], *, hint: str | None = None) -> None:
+def require_empty(out: str | os.PathLike[str]) -> None:
     """RefusedError unless `out` is absent or an empty folder."""
     path = Path(out)
     if path.is_symlink() and not path.exists():
@@ -136,7 +136,7 @@ def require_empty(out: str | os.PathLike[str], *, hint: str | None = None) -> No
     if not path.is_dir():
         raise RefusedError(f"{path} is a file, not a folder", "Choose another folder.")
     if any(path.iterdir()):
-        raise RefusedError(f"{path} is not empty", hint or "Go on with --resume, or choose another folder.")
+        raise RefusedError(f"{path} is not empty", "Choose another folder.")
 
 
 def require_free_space(path: str | os.PathLike[str], size: int) -> None:

@@ -17,6 +17,8 @@ from linearize.errors import UsageError, did_you_mean
 CONFIG = "config.json"
 CONFIG_CAP = 8 << 20
 OUR_PREFIX = "linearized_"
+SUPPORTED = ("llama", "mistral", "qwen2", "qwen3")
+"""The families that can be converted."""
 # Sizes beyond these are damage or an attack, not a model: refused before anything is allocated.
 LIMITS = {
     "num_hidden_layers": 1_000,
@@ -114,7 +116,9 @@ def config_class(model_type: str, *, path: Path, wants_code: bool = False) -> ty
             "the checkpoint (auto_map)",
             "Such code is never run.",
         )
-    raise UsageError(f"{path}: unknown model_type {model_type!r}.{did_you_mean(model_type, CONFIG_MAPPING.keys())}")
+    raise UsageError(
+        f"{path}: unknown model_type {model_type!r}.{did_you_mean(model_type, SUPPORTED)}", supported_families()
+    )
 
 
 def declared_keys(cls: Any) -> frozenset[str]:
@@ -140,7 +144,7 @@ def check_bounds(config: dict[str, Any], path: Path) -> None:
         value = config.get(key)
         if value is None:
             if key in _NEEDED:
-                raise UsageError(f"{path} has no {key}")
+                raise _lacking(config, key, path)
             continue
         if not isinstance(value, int) or isinstance(value, bool):
             raise UsageError(f"{path}: {key} must be an integer, not {value!r:.60}")
@@ -172,6 +176,18 @@ def check_bounds(config: dict[str, Any], path: Path) -> None:
     dtype = stored_dtype(config)
     if dtype is not None and dtype not in _DTYPES:
         raise UsageError(f"{path}: dtype {dtype!r:.60} is not supported", f"Supported: {', '.join(_DTYPES)}.")
+
+
+def supported_families() -> str:
+    """The hint of every refusal of a family."""
+    return f"Supported families: {', '.join(SUPPORTED)}."
+
+
+def _lacking(config: dict[str, Any], key: str, path: Path) -> UsageError:
+    kind = str(config.get("model_type") or "")
+    if kind and kind.removeprefix(OUR_PREFIX) not in SUPPORTED:  # a family that calls its sizes by other names
+        return UsageError(f"{path}: the family {kind!r:.60} is not supported", supported_families())
+    return UsageError(f"{path} has no {key}")
 
 
 def stored_dtype(config: dict[str, Any]) -> str | None:

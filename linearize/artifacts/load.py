@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import os
 import re
+from collections.abc import Iterator
+from contextlib import contextmanager
 from fnmatch import fnmatch
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -88,33 +90,39 @@ def check_checkpoint(path: str | os.PathLike[str], *, finite: bool) -> None:
 
 
 def load_model(
-    path: str | os.PathLike[str], *, device: Any = "auto", dtype: Any = "auto", attn_implementation: str | None = None
+    path: str | os.PathLike[str],
+    *,
+    device: Any = "auto",
+    dtype: Any = "auto",
+    attn_implementation: str | None = None,
+    finite: bool = True,
 ) -> Any:
     """A native or linearized causal LM from a local folder, checked first, in eval mode on `device`.
 
     `dtype` is a name, a torch.dtype or "auto" (as stored). Only local safetensors are read, remote code is never run,
     and `attn_implementation` (None: "sdpa") is ours to choose. UsageError if a weight is missing, left over or of
-    another shape.
+    another shape; RefusedError if one is NaN or Inf, which costs a reading of the files that `finite=False` spares.
     """
     import torch
     from transformers import AutoModelForCausalLM
 
     folder = Path(path)
     where = select_device(device)
-    check_checkpoint(folder, finite=False)
+    check_checkpoint(folder, finite=finite)
     kind = dtype if isinstance(dtype, torch.dtype) else select_dtype(dtype, folder)
     config = build_config(folder)
     try:
-        model, info = AutoModelForCausalLM.from_pretrained(
-            folder,
-            config=config,
-            dtype=kind,
-            attn_implementation=attn_implementation or "sdpa",
-            trust_remote_code=False,
-            local_files_only=True,
-            use_safetensors=True,
-            output_loading_info=True,
-        )
+        with no_bars():
+            model, info = AutoModelForCausalLM.from_pretrained(
+                folder,
+                config=config,
+                dtype=kind,
+                attn_implementation=attn_implementation or "sdpa",
+                trust_remote_code=False,
+                local_files_only=True,
+                use_safetensors=True,
+                output_loading_info=True,
+            )
     except LinearizeError:
         raise
     except Exception as error:  # whatever a library makes of a bad folder, the user reads one line
@@ -141,7 +149,7 @@ def load_tokenizer(path: str | os.PathLike[str]) -> Any:
     if not any((folder / name).is_file() for name in _TOKENIZERS):
         raise UsageError(f"{folder} has no tokenizer (none of {', '.join(_TOKENIZERS)})")
     try:
-        return AutoTokenizer.from_pretrained(
+        tokenizer = AutoTokenizer.from_pretrained(
             folder, config=build_config(folder), trust_remote_code=False, local_files_only=True
         )
     except LinearizeError:
@@ -149,6 +157,23 @@ def load_tokenizer(path: str | os.PathLike[str]) -> Any:
     except Exception as error:
         reason = f"{type(error).__name__}: {_brief(error)}"
         raise UsageError(f"the tokenizer in {folder} cannot be read: {reason}") from error
+    # Texts are cut into windows after they are tokenised: that one is longer than the model's context means nothing.
+    getattr(tokenizer, "deprecation_warnings", {})["sequence-length-is-longer-than-the-specified-maximum"] = True
+    return tokenizer
+
+
+@contextmanager
+def no_bars() -> Iterator[None]:
+    """Without transformers' own progress bars, which would break into ours; put back afterwards."""
+    from transformers.utils import logging
+
+    shown_before = logging.is_progress_bar_enabled()
+    logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        if shown_before:
+            logging.enable_progress_bar()
 
 
 def select_device(name: Any = "auto") -> torch.device:
@@ -258,6 +283,7 @@ __all__ = [
     "check_checkpoint",
     "load_model",
     "load_tokenizer",
+    "no_bars",
     "resolve",
     "select_device",
     "select_dtype",

@@ -229,7 +229,8 @@ def align_layers(
                 tensors = pack_state(parameters, optimizer)
                 save(run, stage=shape.name, step=state.step, tensors=tensors, state=asdict(state))
             run.stop_if_interrupted()
-    progress.layer_table(match(state))
+    if first < shape.steps:  # a resume right after the last step has nothing to tell
+        progress.layer_table(match(state))
     return state
 
 

@@ -4,6 +4,7 @@
     lock                     held while a convert writes into OUT
     run.json                 what must be the same for a resume: digests of recipe, data and teacher
     00-align-00000120/       tensors.safetensors, state.json, and manifest.json, written last
+    verify/                  a copy of the export while fresh processes load it
 """
 
 from __future__ import annotations
@@ -28,6 +29,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from linearize.artifacts.atomic import atomic_directory, sha256, write_json
+from linearize.convert.early import LOCK, checkpoints, in_use, run_folder, unfinished
 from linearize.errors import RefusedError
 
 STAGES = ("align", "finetune")
@@ -38,7 +40,7 @@ MANIFEST = "manifest.json"
 TENSORS = "tensors.safetensors"
 STATE = "state.json"
 RUN = "run.json"
-LOCK = "lock"
+ROOM = "verify"
 
 
 @dataclass(kw_only=True)
@@ -57,6 +59,11 @@ class Run:
     last_save: float = field(default_factory=time.monotonic)
     cost: float = 0.0
     """Seconds the last save took."""
+
+    @property
+    def room(self) -> Path:
+        """Where the export is loaded for verification; what a killed process left there goes with the next one."""
+        return self.path / ROOM
 
     @contextmanager
     def listening(self) -> Iterator[None]:
@@ -93,11 +100,6 @@ class Checkpoint:
             return {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 - not a mapping
 
 
-def run_folder(out: Path) -> Path:
-    """Where the state of an unfinished conversion into `out` lives."""
-    return out.parent / f".{out.name}.linearize-run"
-
-
 @contextmanager
 def open_run(out: Path) -> Iterator[Run]:
     """Lock the run folder of `out`; on leaving, it stays only if it holds something to resume from.
@@ -109,13 +111,13 @@ def open_run(out: Path) -> Iterator[Run]:
     made = [parent for parent in path.parents if not parent.exists()]  # innermost first
     lock = _take_lock(path, out)
     run = Run(path=path, lock=lock)
-    for leftover in path.glob(".*.tmp-*"):
+    for leftover in (*path.glob(".*.tmp-*"), run.room):
         shutil.rmtree(leftover, ignore_errors=True)
     try:
         with _signals(run):
             yield run
     except BaseException:
-        if run.discard or not _folders(path):
+        if run.discard or not checkpoints(path):
             shutil.rmtree(path, ignore_errors=True)
             with suppress(OSError):
                 for parent in made:
@@ -125,21 +127,6 @@ def open_run(out: Path) -> Iterator[Run]:
         shutil.rmtree(path, ignore_errors=True)
     finally:
         os.close(lock)
-
-
-def require_no_run(out: Path) -> None:
-    """Refuse early if an unfinished run of `out` lies there.
-
-    Raises:
-        RefusedError: it does.
-    """
-    path = run_folder(out)
-    if _folders(path):
-        raise _unfinished(path)
-
-
-def _unfinished(path: Path) -> RefusedError:
-    return RefusedError(f"{path}: holds an unfinished run", "Add --resume to go on, or delete that folder")
 
 
 def _take_lock(path: Path, out: Path) -> int:
@@ -153,7 +140,7 @@ def _take_lock(path: Path, out: Path) -> int:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError as error:
             os.close(lock)
-            raise RefusedError(f"{out}: another convert writes there", "Wait for it or choose another OUT") from error
+            raise in_use(out) from error
         try:
             # The folder may have been removed by a run that ended between opening and locking.
             if os.path.samestat(os.fstat(lock), os.stat(path / LOCK)):
@@ -199,9 +186,9 @@ def find_start(run: Run, identity: Mapping[str, Any], *, resume: bool) -> Checkp
                 "Delete that folder, choose another OUT, or give the same recipe, model and data",
             )
         if not resume:
-            raise _unfinished(run.path)
+            raise unfinished(run.path)
         return newest
-    for folder in _folders(run.path):
+    for folder in checkpoints(run.path):
         shutil.rmtree(folder)
     return None
 
@@ -227,7 +214,7 @@ def save(run: Run, *, stage: str, step: int, tensors: Mapping[str, Tensor], stat
         write_json(folder / STATE, dict(state))
         files = {name: sha256(folder / name) for name in (TENSORS, STATE)}
         write_json(folder / MANIFEST, {"stage": stage, "step": step, "files": files})
-    for old in _folders(run.path)[:-KEEP]:
+    for old in checkpoints(run.path)[:-KEEP]:
         shutil.rmtree(old, ignore_errors=True)
     run.last_save = time.monotonic()
     run.cost = run.last_save - begin
@@ -235,7 +222,7 @@ def save(run: Run, *, stage: str, step: int, tensors: Mapping[str, Tensor], stat
 
 def latest(run: Run) -> Checkpoint | None:
     """The newest checkpoint whose files are those of its manifest; a damaged one is passed over."""
-    for folder in reversed(_folders(run.path)):
+    for folder in reversed(checkpoints(run.path)):
         manifest = _read_json(folder / MANIFEST)
         if manifest is None or set(manifest.get("files", ())) != {TENSORS, STATE}:
             continue
@@ -244,10 +231,6 @@ def latest(run: Run) -> Checkpoint | None:
             state = json.loads((folder / STATE).read_text())
             return Checkpoint(path=folder, stage=manifest["stage"], step=manifest["step"], state=state)
     return None
-
-
-def _folders(path: Path) -> list[Path]:
-    return sorted(p for p in path.glob("[0-9][0-9]-*-*") if p.is_dir())
 
 
 def _read_json(path: Path) -> dict[str, Any] | None:

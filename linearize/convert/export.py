@@ -100,5 +100,10 @@ def auto_map(student: Any) -> dict[str, str]:
 def carried_files(teacher_folder: Path) -> list[Path]:
     """The teacher's files that a converted model keeps as they are."""
     names = [teacher_folder / name for name in (*TOKENIZER_FILES, GENERATION)]
-    terms = [path for pattern in TERMS for path in sorted(teacher_folder.glob(pattern))]
-    return [path for path in (*names, *terms) if path.is_file()]
+    return [path for path in names if path.is_file()] + terms_of(teacher_folder)
+
+
+def terms_of(teacher_folder: Path) -> list[Path]:
+    """The files beside a teacher's weights that hold its licence and terms of use."""
+    found = [path for pattern in TERMS for path in sorted(teacher_folder.glob(pattern))]
+    return [path for path in found if path.is_file()]

@@ -5,10 +5,14 @@ Needs configs only: no weights are read and no module is built.
 
 from __future__ import annotations
 
+import os
 from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
+from linearize.artifacts.config_reader import CONFIG, CONFIG_CAP, OUR_PREFIX, supported_families
+from linearize.artifacts.weights import read_json, require_inside
 from linearize.errors import UsageError, did_you_mean
 from linearize.modeling.mixer_spec import MixerSpec
 
@@ -51,6 +55,32 @@ FAMILIES: dict[str, Family] = {
 }
 
 
+def require_family(folder: str | os.PathLike[str], *, converted: bool = False) -> None:
+    """Refuse by the model_type in a folder's config.json alone, before anything else of it is judged.
+
+    `converted` lets our own models through. What is no config at all is left to `read_config` to refuse.
+
+    Raises:
+        UsageError: not a supported family, or already linearized.
+    """
+    path = Path(folder) / CONFIG
+    if not path.is_file():
+        return
+    require_inside(Path(folder), path)
+    kind = read_json(path, cap=CONFIG_CAP).get("model_type")
+    if isinstance(kind, str) and kind and not (converted and kind.startswith(OUR_PREFIX)):
+        _require_kind(kind)
+
+
+def _require_kind(kind: str) -> None:
+    if kind.startswith(OUR_PREFIX):
+        raise UsageError(f"the model is already linearized ({kind})", hint="Convert its teacher instead")
+    if kind not in FAMILIES:
+        raise UsageError(
+            f"the family {kind!r} cannot be converted.{did_you_mean(kind, FAMILIES)}", hint=supported_families()
+        )
+
+
 def family_of(config: Any) -> Family:
     """The family of a teacher's config.
 
@@ -58,11 +88,7 @@ def family_of(config: Any) -> Family:
         UsageError: not a supported family, already linearized, quantised, or not a causal language model.
     """
     kind = str(getattr(config, "model_type", None))
-    supported = f"Supported families: {', '.join(FAMILIES)}"
-    if kind.startswith("linearized_"):
-        raise UsageError(f"the model is already linearized ({kind})", hint="Convert its teacher instead")
-    if kind not in FAMILIES:
-        raise UsageError(f"the family {kind!r} cannot be converted.{did_you_mean(kind, FAMILIES)}", hint=supported)
+    _require_kind(kind)
     family = FAMILIES[kind]
     architectures = getattr(config, "architectures", None) or [family.name + TASK]
     if family.name + TASK not in architectures:

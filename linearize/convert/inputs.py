@@ -15,6 +15,7 @@ from linearize.artifacts.atomic import require_free_space
 from linearize.artifacts.load import check_checkpoint, load_tokenizer, resolve, select_dtype
 from linearize.artifacts.weights import digest_checkpoint, read_tensors
 from linearize.convert import plan
+from linearize.convert.families import require_family
 from linearize.convert.stages import StageShape
 from linearize.convert.surgery import account
 from linearize.data import Source, document_marks, load_source, pack, tokenize_documents
@@ -53,6 +54,7 @@ def gather(model: str | os.PathLike[str], out: Path, recipe: Recipe, data: str, 
         UsageError, RefusedError: see `convert`.
     """
     folder = resolve(model)
+    require_family(folder)
     check_checkpoint(folder, finite=False)
     config, stored = plan.teacher_config(folder)
     layout = plan.Layout.of(config, recipe)
@@ -71,7 +73,7 @@ def gather(model: str | os.PathLike[str], out: Path, recipe: Recipe, data: str, 
     check_checkpoint(folder, finite=True)
     return Inputs(
         folder=folder,
-        name=Path(os.path.abspath(model)).name if Path(model).is_dir() else str(model),
+        name=Path(os.path.abspath(model)).name if Path(model).expanduser().is_dir() else str(model),
         out=out,
         recipe=recipe,
         device=device,

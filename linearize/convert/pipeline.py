@@ -10,8 +10,7 @@ from __future__ import annotations
 import gc
 import os
 import time
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -19,10 +18,11 @@ from typing import Any
 import torch
 
 from linearize.artifacts.atomic import atomic_directory, require_empty
-from linearize.artifacts.load import load_model, select_device
+from linearize.artifacts.load import load_model, no_bars, select_device
 from linearize.convert import checkpoint, export
 from linearize.convert.align import align_layers, aligned_names
 from linearize.convert.checkpoint import Checkpoint, Run, open_run
+from linearize.convert.early import require_out
 from linearize.convert.finetune import Trained, finetune_model, kept_names, prepare
 from linearize.convert.inputs import Inputs, gather, identity_of
 from linearize.convert.optim import deterministic
@@ -61,13 +61,11 @@ def convert(
     watch = progress or NullProgress()
     target = Path(os.path.abspath(out))
     begin = time.monotonic()
-    require_empty(target)
-    if not resume:
-        checkpoint.require_no_run(target)
+    require_out(target, resume=resume)
     device = select_device(chosen.device)
     inputs = gather(model, target, chosen, data, device)
     identity = identity_of(inputs)
-    with open_run(target) as run, deterministic(), _no_bars(), torch.random.fork_rng(devices=_devices(device)):
+    with open_run(target) as run, deterministic(), no_bars(), torch.random.fork_rng(devices=_devices(device)):
         require_empty(target)
         start = checkpoint.find_start(run, identity, resume=resume)
         if start is not None:
@@ -83,7 +81,7 @@ def _convert(
     """Everything from loading the teacher on."""
     seconds: dict[str, float] = {}
     with timed(seconds, "load"):
-        teacher = load_model(inputs.folder, device=inputs.device, dtype=torch.float32)
+        teacher = load_model(inputs.folder, device=inputs.device, dtype=torch.float32, finite=False)  # it was checked
         teacher.requires_grad_(False)
         student, surgery = _operate(inputs, teacher)
     for shape in inputs.shapes:
@@ -114,7 +112,7 @@ def _convert(
             expected = expect(student, inputs.tokenizer, ids)
             student.to("cpu")
             _free(inputs.device)  # the fresh processes need the memory
-            report["verification"] = verify_export(folder, expected, device=inputs.device)
+            report["verification"] = verify_export(folder, expected, device=inputs.device, room=run.room)
         export.finish_export(folder, provenance(inputs, identity, report))
     return report
 
@@ -184,17 +182,3 @@ def _free(device: torch.device) -> None:
 
 def _devices(device: torch.device) -> list[torch.device]:
     return [device] if device.type == "cuda" else []
-
-
-@contextmanager
-def _no_bars() -> Iterator[None]:
-    """Without transformers' own progress bars, which would break into ours."""
-    from transformers.utils import logging
-
-    shown_before = logging.is_progress_bar_enabled()
-    logging.disable_progress_bar()
-    try:
-        yield
-    finally:
-        if shown_before:
-            logging.enable_progress_bar()

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from linearize.convert.checkpoint import KEEP
-from linearize.convert.families import check_fit, family_of, head_dim
+from linearize.convert.families import check_fit, family_of, head_dim, require_family
 from linearize.convert.finetune import PIECE
 from linearize.convert.lora import target_modules
 from linearize.convert.stages import StageShape, stage_shape
@@ -60,6 +60,7 @@ def make_plan(
     from linearize.modeling.configuration_linearized import kv_bytes
 
     folder = resolve(model)
+    require_family(folder)
     check_checkpoint(folder, finite=False)
     config, dtype = teacher_config(folder)
     if out is not None:
@@ -110,11 +111,14 @@ def inspect(model: str | os.PathLike[str], recipe: Recipe | None = None) -> dict
     from linearize.modeling.configuration_linearized import kv_bytes, state_bytes
 
     folder = resolve(model)
+    require_family(folder, converted=True)
     check_checkpoint(folder, finite=False)
     config, dtype = teacher_config(folder)
     converted = str(config.model_type).startswith("linearized_")
     if converted and recipe is not None:
         raise UsageError(f"{model} is already linearized", "Inspect it without --recipe")
+    if not converted:
+        family_of(config)
     found: dict[str, Any] = {
         "model": str(model),
         "family": config.model_type,
@@ -126,8 +130,6 @@ def inspect(model: str | os.PathLike[str], recipe: Recipe | None = None) -> dict
         "context": config.max_position_embeddings,
     }
     width = DTYPE_BYTES[dtype]
-    if not converted:
-        family_of(config)
     found["kv_bytes"] = {str(n): kv_bytes(config, n, dtype_bytes=width) for n in CONTEXTS}
     if recipe is None and not converted:
         return found | {"layers": config.num_hidden_layers}

@@ -7,6 +7,7 @@ from typing import Any
 
 from linearize.convert import plan
 from linearize.convert.align import match, mean_match
+from linearize.convert.export import terms_of
 from linearize.convert.finetune import Trained
 from linearize.convert.inputs import Inputs
 from linearize.convert.stages import StageShape, StageState
@@ -75,6 +76,9 @@ def card_facts(inputs: Inputs, report: dict[str, Any]) -> dict[str, Any]:
     return {
         "losses": losses,
         "recipe": inputs.recipe,
+        "out": inputs.out.name,
+        "text": _text(inputs),
+        "terms": [path.name for path in terms_of(inputs.folder)],
         "layers": config.num_hidden_layers,
         "linear": inputs.layout.linear,
         "teacher": inputs.name,
@@ -89,6 +93,12 @@ def card_facts(inputs: Inputs, report: dict[str, Any]) -> dict[str, Any]:
     }
 
 
+def _text(inputs: Inputs) -> dict[str, Any]:
+    """Which text was read, without a path of this machine."""
+    described = inputs.source.describe()
+    return described if described["kind"] == "hub" else described | {"name": Path(described["name"]).name}
+
+
 def provenance(inputs: Inputs, identity: dict[str, str], report: dict[str, Any]) -> dict[str, Any]:
     """What the manifest says beside files and versions. No path of this machine."""
     kept = ("stages", "layers", "merge_error", "verification", "parameters", "state_bytes", "keys")
@@ -97,6 +107,6 @@ def provenance(inputs: Inputs, identity: dict[str, str], report: dict[str, Any])
         "recipe": inputs.recipe.as_dict(),
         "recipe_digest": identity["recipe"],
         "teacher": {"name": inputs.name, "digest": identity["teacher"]},
-        "data": {**inputs.source.describe(), "name": Path(inputs.source.name).name, "windows_digest": identity["data"]},
+        "data": _text(inputs) | {"windows_digest": identity["data"]},
         "figures": figures,
     }

@@ -7,7 +7,6 @@ import os
 import shutil
 import subprocess
 import sys
-import tempfile
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -50,20 +49,23 @@ def expect(model: Any, tokenizer: Any, ids: Tensor) -> Expected:
     return Expected(ids=ids.cpu(), prompt=prompt, logits=logits, tokens=greedy, text=tokenizer.decode(greedy))
 
 
-def verify_export(folder: Path, expected: Expected, *, device: torch.device) -> dict[str, Any]:
+def verify_export(folder: Path, expected: Expected, *, device: torch.device, room: Path) -> dict[str, Any]:
     """Load a copy of `folder` with `import linearize` and with trust_remote_code; {way: figures}.
+
+    `room` is made for it and removed; on the disk of `folder` the copy is free (hard links).
 
     Raises:
         VerificationError: it does not load, or its logits or greedy text are not those of the model in memory.
     """
     figures = {}
-    # Beside the export: hard links then make the copy free.
-    with tempfile.TemporaryDirectory(prefix=".linearize-verify-", dir=folder.parent) as room:
-        copy = Path(room) / "copied"
+    copy = room / "copied"
+    try:
         shutil.copytree(folder, copy, copy_function=_link)
         for mode, name in MODES.items():
-            logits, answer = _ask(mode, copy, Path(room), expected, device)
+            logits, answer = _ask(mode, copy, room, expected, device)
             figures[mode] = _compare(name, logits, answer, expected)
+    finally:
+        shutil.rmtree(room, ignore_errors=True)
     return figures
 
 

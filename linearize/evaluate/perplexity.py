@@ -18,6 +18,7 @@ from linearize.artifacts.load import load_model, load_tokenizer, resolve, select
 from linearize.data import load_source
 from linearize.errors import VerificationError
 from linearize.evaluate.protocols import Row, Task, make_task, parse_protocol
+from linearize.progress import tell
 
 DEFAULT_CONTEXT = 1024
 """The longest context that is chosen unasked; a model of a shorter one gets its own."""
@@ -110,7 +111,8 @@ def figures(subject: Subject, model: Any, task: Task, scores: Scores, *, data: d
     """All that a number needs to be compared: what was measured, on what, how, and the perplexities.
 
     `token_perplexity`, `word_perplexity` and `byte_perplexity` are exp(nll / count), `bits_per_byte` is nll / bytes /
-    ln 2; `nll` is in nats per token. Word and byte figures are None where the text under the tokens is unknown.
+    ln 2; `nll` is in nats per token. Word and byte figures are None where the text under the tokens is unknown. `notes`
+    says what the figures themselves do not.
     """
     total = float(scores.nll.sum())
     return {
@@ -134,7 +136,17 @@ def figures(subject: Subject, model: Any, task: Task, scores: Scores, *, data: d
         "byte_perplexity": safe_exp(total / task.bytes) if task.bytes else None,
         "bits_per_byte": total / task.bytes / math.log(2) if task.bytes else None,
         "by_position": by_position(scores),
+        "notes": _beyond(model.config, task),
     }
+
+
+def _beyond(config: Any, task: Task) -> list[str]:
+    """What is to be said about tokens that lie further than the model has ever seen."""
+    own = getattr(config.get_text_config(), "max_position_embeddings", None)
+    longest = max(len(row.tokens) for row in task.rows) - 1  # the last token is predicted, and never read
+    if own is None or longest <= own:
+        return []
+    return [f"windows of {task.protocol.context:,} tokens reach beyond the {own:,} positions the model was trained on"]
 
 
 def by_position(scores: Scores) -> list[dict[str, Any]]:
@@ -159,6 +171,7 @@ def score(model: Any, rows: list[Row], *, batch_size: int | None = None, name: s
         VerificationError: a loss that is not finite.
     """
     longest = max(len(row.tokens) for row in rows)
+    tell(f"reading {len(rows):,} window{'s' if len(rows) > 1 else ''} of {longest:,} tokens", name)
     nll, counts = np.zeros(longest), np.zeros(longest, dtype=np.int64)
     size = batch_size or max(1, TOKENS_PER_BATCH.get(model.device.type, 4096) // longest)
     order = sorted(range(len(rows)), key=lambda i: -len(rows[i].tokens))

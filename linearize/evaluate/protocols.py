@@ -171,7 +171,7 @@ def _wikitext(protocol: Protocol, texts: Sequence[str], tokenizer: Any, max_wind
     rows: list[Row] = []
     doubled = False
     for page in pages:
-        ids = tokenizer.encode(detokenize(page), **({"add_special_tokens": False} if single else {}))
+        ids = tokenizer.encode(detokenize(page), verbose=False, **({"add_special_tokens": False} if single else {}))
         doubled = doubled or ids[:1] == [prefix]
         rows += rolling_rows(ids, prefix, protocol.context)
     return Task(

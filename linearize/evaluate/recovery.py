@@ -20,6 +20,7 @@ from linearize.evaluate.perplexity import (
     default_context,
     figures,
     open_subject,
+    safe_exp,
     score,
 )
 from linearize.evaluate.protocols import Task, make_task, parse_protocol
@@ -29,8 +30,8 @@ REFERENCE_WINDOW = 64
 """The window of the floor for a student that has none of its own."""
 
 BRANCHES = ("full", "window", "linear", "none")
-MINIMUM_GAP = 1e-4
-"""Nats per token that the cut must cost the teacher before a share of it means anything."""
+MINIMUM_GAP = 0.01
+"""Nats per token (1 % of perplexity) that the cut must cost the teacher before a share of it means anything."""
 
 
 def audit(
@@ -59,7 +60,7 @@ def audit(
         max_windows: how many windows to read; None: all.
 
     Returns:
-        R (percent; None where the cut costs the teacher nothing), ppl_teacher, ppl_window, ppl_student,
+        R (percent; None where the cut costs the teacher less than MINIMUM_GAP), ppl_teacher, ppl_window, ppl_student,
         branches {full, window, linear, none} (perplexities; `window` is None for a student without one), reference
         {window, sinks, own}, by_position [{from, to, tokens, teacher, window, student}], notes, and of the student all
         that `perplexity.figures` reports.
@@ -100,7 +101,7 @@ def audit(
         branches={name: None if s is None else s.perplexity for name, s in branches.items()},
         reference={"window": window, "sinks": sinks, "own": spec.window > 0},
         by_position=_side_by_side(teacher=whole, window=cut, student=full),
-        notes=notes,
+        notes=[*report["notes"], *notes],
     )
     return report
 
@@ -109,7 +110,10 @@ def recovery(*, teacher: float, window: float, student: float) -> tuple[float | 
     """R in percent from nats per token, and what is to be said about it; None where it has no meaning."""
     gap = window - teacher
     if gap < MINIMUM_GAP:
-        return None, ["the cut to the window costs the teacher nothing on this text, so there is nothing to recover"]
+        return None, [
+            f"R is not defined: cut to the window, the teacher has perplexity {safe_exp(window):.4g} instead of "
+            f"{safe_exp(teacher):.4g}; the cut costs it less than {MINIMUM_GAP:.0%} here, too little to take a share of"
+        ]
     return 100.0 * (window - student) / gap, []
 
 

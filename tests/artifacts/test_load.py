@@ -11,7 +11,7 @@ import pytest
 from linearize.artifacts import load
 from linearize.artifacts.config_reader import build_config, read_config
 from linearize.artifacts.load import check_checkpoint, load_model, load_tokenizer, resolve, select_device, select_dtype
-from linearize.errors import LinearizeError, UsageError
+from linearize.errors import LinearizeError, RefusedError, UsageError
 
 torch = pytest.importorskip("torch")
 
@@ -106,7 +106,29 @@ def test_model_type_that_needs_code(folder, tmp_path):
     edit(folder, model_type="lama", auto_map=...)
     with pytest.raises(UsageError, match=r"unknown model_type 'lama'.*Did you mean 'llama'"):
         read_config(folder)
+    edit(folder, model_type="foobar")
+    with pytest.raises(UsageError, match=r"unknown model_type 'foobar'\. Supported families: llama,"):
+        read_config(folder)
     assert not (tmp_path / "ran").exists()
+
+
+def test_a_family_with_other_names_for_its_sizes_is_refused_as_a_family(folder):
+    (folder / "config.json").write_text('{"model_type": "gpt2", "n_layer": 2, "n_embd": 32, "n_head": 4}')
+    with pytest.raises(UsageError, match=r"the family 'gpt2' is not supported\. Supported families: llama,"):
+        load_model(folder, device="cpu")
+
+
+def test_a_weight_that_is_not_finite_is_refused_when_loaded(folder):
+    from safetensors.torch import load_file, save_file
+
+    weights = folder / "model.safetensors"
+    tensors = load_file(weights)
+    tensors["model.norm.weight"][3] = torch.nan
+    save_file(tensors, weights, metadata={"format": "pt"})
+    with pytest.raises(RefusedError, match=r"'model\.norm\.weight' .* holds NaN") as caught:
+        load_model(folder, device="cpu")
+    assert caught.value.exit_code == 3
+    assert load_model(folder, device="cpu", finite=False) is not None
 
 
 def test_tokenizer_that_needs_code(folder, tmp_path):

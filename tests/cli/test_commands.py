@@ -14,13 +14,107 @@ from linearize.errors import RefusedError, UsageError, VerificationError
 from linearize.recipe import list_recipes, load_recipe, recipe_path
 from linearize_cli.app import main
 
+LAYER = {
+    "from": "softmax",
+    "to": "linear",
+    "heads": 4,
+    "kv_heads": 2,
+    "head_dim": 16,
+    "feature_dim": 32,
+    "state_bytes": 2048,
+    "new_parameters": 24_582,
+}
+KEPT = {**LAYER, "to": "softmax", "feature_dim": None, "state_bytes": 0, "new_parameters": 0}
+INSPECTION = {
+    "model": "m",
+    "family": "llama [bold]",
+    "parameters": 1_000_000,
+    "dtype": "float32",
+    "heads": 4,
+    "kv_heads": 2,
+    "head_dim": 16,
+    "context": 256,
+    "kv_bytes": {"2048": 3072, "32768": 5 * 1024**3},
+    "layers": [{"index": 0, **LAYER}, {"index": 1, **LAYER}],
+    "new_parameters": 49_164,
+    "state_bytes": 2048,
+    "softmax_kv_bytes": {"2048": 0, "32768": 0},
+    "break_even_context": 525,
+    "notes": ["a note"],
+}
+PLAN = {
+    "family": "llama [bold]",
+    "layers": [{"index": 0, **LAYER}, {"index": 1, **LAYER}, {"index": 2, **KEPT}, {"index": 3, **LAYER}],
+    "parameters": 1_073_746,
+    "new_parameters": 73_746,
+    "trained": {"align": 73_746, "finetune": 0},
+    "context": 256,
+    "tokens": {"align": 256, "finetune": 0},
+    "steps": {"align": 1, "finetune": 0},
+    "skipped": {"finetune": "finetune.tokens is 0"},
+    "notes": [],
+    "dropped": [],
+    "export_dtype": "float32",
+    "state_bytes": 6144,
+    "kv_bytes_at_context": 256 * 4 * 1024,
+    "memory_bytes": 1024**2,
+    "disk_bytes": 1024**3,
+}
+REPORT = {
+    "out": "o",
+    "dtype": "bfloat16",
+    "stages": {
+        "align": {"tokens": 8192, "steps": 4, "loss_first": 0.5, "loss_last": 0.25, "seconds": 0.078546},
+        "finetune": {"skipped": "finetune.tokens is 0", "tokens": 0, "steps": 0},
+    },
+    "layers": [{"layer": 0, "loss": 0.123, "nmse": 0.123}],
+    "keys": {"mapped": 12_345},
+    "mean_match": 0.46381,
+    "merge_error": {"merge": {"max": 2e-5, "mean": 1e-6}, "cast": {"max": 0.159, "mean": 0.01}},
+    "verification": {"import": {"way": "import linearize", "max_abs_difference": 0.0, "same_text": True}},
+    "notes": [],
+    "seconds": {"total": 76.331},
+}
+FIGURES = {
+    "model": "o",
+    "protocol": "concat@64",
+    "context": 64,
+    "windows": 1,
+    "tokens": 12,
+    "bos": "none",
+    "eos": "none",
+    "dtype": "float32",
+    "device": "cpu",
+    "token_perplexity": 12.0,
+    "tokenizer_sha256": "abcdef",
+    "data": {"name": "/a/path"},
+}
+AUDIT = {
+    **FIGURES,
+    "against": "m",
+    "R": 25.0,
+    "ppl_teacher": 10.0,
+    "ppl_window": 14.0,
+    "ppl_student": 13.0,
+    "branches": {"full": 13.0, "window": None, "linear": 15.5, "none": 99.5},
+    "reference": {"window": 64, "sinks": 0, "own": True},
+    "by_position": [{"from": 0, "to": 64, "tokens": 12, "teacher": 10.5, "window": 14.5, "student": 13.5}],
+    "notes": ["a note"],
+}
+
 CALLS: list[tuple[str, tuple, dict]] = []
 
 
 @pytest.fixture
 def library(monkeypatch: pytest.MonkeyPatch) -> dict[str, Any]:
     """Stand-ins for the heavy modules. Set an entry to an exception to have it raised, else it is the result."""
-    results: dict[str, Any] = {}
+    results: dict[str, Any] = {
+        "inspect": INSPECTION,
+        "plan": PLAN,
+        "convert": REPORT,
+        "evaluate": FIGURES,
+        "audit": AUDIT,
+    }
     CALLS.clear()
 
     def stand_in(name: str):
@@ -45,7 +139,9 @@ def library(monkeypatch: pytest.MonkeyPatch) -> dict[str, Any]:
             setattr(fake, function, stand_in(name))
         monkeypatch.setitem(sys.modules, module, fake)
     import linearize.api
+    import linearize.convert.early
 
+    monkeypatch.setattr(linearize.convert.early, "refuse_early", lambda *args, **kwargs: None)
     monkeypatch.setattr(linearize.api, "generate", stand_in("generate"))
     results["generate"] = {
         "text": "a b",
@@ -75,19 +171,56 @@ def test_json_is_the_only_thing_on_stdout(name: str, library: dict[str, Any], ca
     assert json.loads(out) == {"ppl": 1.5, "bad": None, "path": "x", "rows": [{"a": [1, 2]}], "none": None}
 
 
-@pytest.mark.parametrize("name", ["inspect", "plan", "convert", "audit"])
-def test_people_read_stderr(name: str, library: dict[str, Any], capsys: pytest.CaptureFixture) -> None:
-    library[name] = {
-        "family": "llama [bold]",
-        "state_bytes": 2048,
-        "kv_bytes": {"2048": 3072, "32768": 5 * 1024**3},
-        "layers": [{"index": 0, "to": "linear"}],
-    }
+def shown(name: str, capsys: pytest.CaptureFixture) -> str:
+    """What people read of a command, one space between words."""
     assert main(RUNS[name]) == 0
-    _, err = capsys.readouterr()
-    for part in ("llama [bold]", "2.0 KiB", "3.0 KiB", "5.0 GiB", "linear"):
-        assert part in err, err
+    err = capsys.readouterr().err
     assert "\x1b[" not in err, "no colours without a terminal"
+    return "\n".join(" ".join(line.split()) for line in err.splitlines())
+
+
+def test_an_inspection_for_people(library: dict[str, Any], capsys: pytest.CaptureFixture) -> None:
+    text = shown("inspect", capsys)
+    for part in ("llama [bold], 2 layers", "teacher 1,000,000, added 49,164", "note: a note", "from 525 tokens"):
+        assert part in text, text
+    assert "0-1 linear 4/2 16 32 2.0 KiB 24,582" in text, "layers that are alike share a row"
+    assert "2k 3.0 KiB 2.0 KiB 1.5x" in text and "32k 5.0 GiB 2.0 KiB 2,621,440x" in text
+    assert "kept" not in text
+    library["inspect"] = {k: INSPECTION[k] for k in INSPECTION if "state" not in k and "new" not in k} | {"layers": 2}
+    text = shown("inspect", capsys)
+    assert "parameters: 1,000,000" in text and "32k 5.0 GiB" in text and "student" not in text
+
+
+def test_a_plan_for_people(library: dict[str, Any], capsys: pytest.CaptureFixture) -> None:
+    text = shown("plan", capsys)
+    assert "teacher 1,000,000, added 73,746, trained 73,746 in align" in text
+    assert "256 tokens in 1 step, windows" in text and "finetune: skipped (finetune.tokens is 0)" in text
+    assert "0-1 linear" in text and "2 softmax (kept) 4/2 16 - - 0" in text
+    # 4 KiB of cache a token, a quarter of it in the layer that is kept.
+    assert "2k 8.0 MiB 2.0 MiB 4.0x" in text and "student (state + kept KV)" in text
+    assert "from 2 tokens on" in text
+
+
+def test_a_conversion_for_people(library: dict[str, Any], capsys: pytest.CaptureFixture) -> None:
+    text = shown("convert", capsys)
+    assert "align 8192 4 0.08 s 0.5 0.25" in text and "running means over different batches" in text
+    assert "explain 46.4 %" in text and "Loads with import linearize: same logits, same text." in text
+    assert "merge error (fp32) 2e-05, rounding to bfloat16 0.16 (max |logit|)" in text
+    assert "0.123" not in text and "12,345" not in text, "said before, or for programs"
+    verification = {"import": {"way": "import linearize", "max_abs_difference": 1e-6, "same_text": True}}
+    library["convert"] = {**REPORT, "verification": verification}
+    assert "logits within 1e-06, same text" in shown("convert", capsys)
+
+
+def test_an_audit_for_people(library: dict[str, Any], capsys: pytest.CaptureFixture) -> None:
+    text = shown("audit", capsys)
+    assert "teacher teacher cut to the window (64 + the block before, no training) student" in text
+    assert "perplexity 10 14 13" in text and "Recovery R: 25.0 %" in text and "note: a note" in text
+    assert "linear branch alone 15.5" in text and "window alone" not in text and "no attention at all 99.5" in text
+    assert "0 to 63 10.5 14.5 13.5" in text and "1 window, 12 tokens" in text
+    assert "abcdef" not in text and "/a/path" not in text
+    library["audit"] = {**AUDIT, "R": None}
+    assert "Recovery R: not defined" in shown("audit", capsys)
 
 
 @pytest.mark.parametrize("name", RUNS)
@@ -133,7 +266,7 @@ def test_convert_passes_everything_on(library: dict[str, Any], capsys: pytest.Ca
     assert kwargs["data"] == "d" and kwargs["resume"] is True
     for method in ("start", "step", "layer_table", "message", "finish"):
         assert callable(getattr(kwargs["progress"], method))
-    assert "linearize audit o --against m --data d" in capsys.readouterr().err
+    assert " audit o --against m --data d" in capsys.readouterr().err
 
 
 def test_plan_starts_nothing_and_needs_no_data(library: dict[str, Any]) -> None:

@@ -5,11 +5,12 @@ from __future__ import annotations
 import io
 import re
 import sys
+import time
 
 import pytest
 
-from linearize.progress import NullProgress, Progress
-from linearize_cli import output
+from linearize.progress import NullProgress, Progress, tell
+from linearize_cli import output, results
 
 
 class Terminal(io.StringIO):
@@ -79,6 +80,9 @@ def test_a_dumb_terminal_gets_lines(monkeypatch: pytest.MonkeyPatch) -> None:
         ("bytes", 1024**3, "1.0 GiB"),
         ("tokens", 2_000_000, "2,000,000"),
         ("layer", 12, "12"),
+        ("mean_match", 0.46381, "46.4 %"),
+        ("seconds", 0.078546, "0.08 s"),
+        ("seconds", 125.0, "2:05"),
         ("loss", 0.000123456, "0.00012346"),
         ("ppl", 914382.7699, "914,382.77"),
         ("r", None, "-"),
@@ -90,7 +94,7 @@ def test_a_dumb_terminal_gets_lines(monkeypatch: pytest.MonkeyPatch) -> None:
     ],
 )
 def test_figures(name: str, value: object, text: str) -> None:
-    assert output._figure(name, value) == text
+    assert output.figure(name, value) == text
 
 
 def test_errors_have_no_colour_without_a_terminal(capsys: pytest.CaptureFixture) -> None:
@@ -109,23 +113,54 @@ def test_speed_and_time_left_count_from_the_step_a_resumed_run_starts_at(monkeyp
 
 
 def test_an_evaluation_shows_both_models_side_by_side(capsys: pytest.CaptureFixture) -> None:
-    ours = {"model": "out", "protocol": "concat@64", "context": 64, "tokens": 12, "token_perplexity": 20.0}
-    theirs = {**ours, "model": "teacher", "token_perplexity": 10.0}
-    output.print_evaluation({**ours, "against": theirs, "ratio": {"token_perplexity": 2.0}})
+    marks = {"bos": "none", "eos": "none", "dtype": "float32", "device": "cpu"}
+    counts = {"protocol": "concat@64", "context": 64, "windows": 2, "tokens": 12}
+    ours = {"model": "out", **counts, **marks, "token_perplexity": 20.0, "notes": ["too far"]}
+    theirs = {**ours, "model": "teacher", "token_perplexity": 10.0, "notes": []}
+    results.print_evaluation({**ours, "against": theirs, "ratio": {"token_perplexity": 2.0}})
     err = capsys.readouterr().err
-    assert "protocol concat@64: context 64" in err
+    assert "concat@64: 2 windows, 12 tokens, float32 on cpu" in err and "note: too far" in err
     (line,) = (line for line in err.splitlines() if "token perplexity" in line)
     assert line.split()[-3:] == ["20", "10", "2"]
-    output.print_evaluation({**ours, "against": ours, "ratio": {}})
+    results.print_evaluation({**ours, "against": ours, "ratio": {}})
     assert "out (against)" in capsys.readouterr().err
-    output.print_evaluation({**ours, "against": None})
+    results.print_evaluation({**ours, "against": None})
     assert "ratio" not in capsys.readouterr().err
 
 
-def test_an_audit_begins_with_the_recovery(capsys: pytest.CaptureFixture) -> None:
-    figures = {"model": "out", "ppl_teacher": 10.0, "branches": {"full": 12.0, "none": 99.0}, "notes": ["a note"]}
-    output.print_audit({**figures, "R": 16.34})
+def test_a_column_that_repeats_another_is_left_out() -> None:
+    rows = [{"layer": 0, "loss": 0.5, "nmse": 0.5, "explained": 0.5}, {"layer": 1, "loss": 0.2, "nmse": 0.2}]
+    assert output.without_copies(rows) == [
+        {"layer": 0, "loss": 0.5, "explained": 0.5},
+        {"layer": 1, "loss": 0.2, "explained": None},
+    ]
+
+
+def test_work_is_told_once_where_there_is_no_terminal(capsys: pytest.CaptureFixture) -> None:
+    with output.watching():
+        tell("reading 2 windows", "out (full)")
+        tell("reading 2 windows", "out (window)")
+    tell("nobody listens", "any more")
+    assert capsys.readouterr().err == "reading 2 windows\n"
+
+
+def test_work_is_shown_on_a_terminal_and_goes_away(monkeypatch: pytest.MonkeyPatch) -> None:
+    terminal = Terminal()
+    monkeypatch.setattr(sys, "stderr", terminal)
+    monkeypatch.setenv("TERM", "xterm-256color")
+    with output.watching():
+        tell("reading 2 windows", "out [full]")
+        time.sleep(0.3)  # the screen is drawn from time to time
+    shown = terminal.getvalue()
+    assert "reading 2 windows: out [full]" in shown and shown.rstrip("\r").endswith("\x1b[2K"), "the line is erased"
+
+
+@pytest.mark.parametrize("width", [80, 120])
+def test_tables_keep_their_headings_on_a_narrow_terminal(width: int, capsys: pytest.CaptureFixture) -> None:
+    from rich.console import Console
+
+    narrow = Console(stderr=True, width=width, markup=False)
+    row = {"": "perplexity", "teacher": 10.0, "#" * 100: 12.5, "student": 11.0}
+    output.print_table([row], to=narrow)
     err = capsys.readouterr().err
-    assert err.startswith("Recovery R: 16.3 %") and "99" in err and "a note" in err
-    output.print_audit({**figures, "R": None})
-    assert capsys.readouterr().err.startswith("Recovery R: not defined")
+    assert err.count("#") == 100 and "…" not in err and max(map(len, err.splitlines())) <= width

@@ -18,12 +18,11 @@ from linearize.convert.checkpoint import (
     open_run,
     pack_state,
     record,
-    require_no_run,
-    run_folder,
     save,
     unpack_state,
     write_record,
 )
+from linearize.convert.early import require_no_run, require_out, run_folder
 from linearize.errors import RefusedError
 
 
@@ -97,6 +96,31 @@ def test_two_converts_into_one_folder(tmp_path: Path) -> None:
             pass
         assert run_folder(tmp_path / "out").exists()
     assert not list(tmp_path.iterdir())
+
+
+def test_a_second_convert_is_told_of_the_first_one_not_to_resume(tmp_path: Path) -> None:
+    out = tmp_path / "new" / "out"
+    for resume in (False, True):
+        require_out(out, resume=resume)
+    assert not list(tmp_path.iterdir())
+    leave(out)
+    with open_run(out):
+        for resume in (False, True):
+            with pytest.raises(RefusedError, match="another convert writes there") as caught:
+                require_out(out, resume=resume)
+            assert caught.value.exit_code == 3
+    leave(out)
+    require_out(out, resume=True)
+    with pytest.raises(RefusedError, match=r"holds an unfinished run\. Add --resume"):
+        require_out(out, resume=False)
+
+
+def test_what_a_killed_verification_left_is_removed(tmp_path: Path) -> None:
+    leave(tmp_path / "out")
+    left = run_folder(tmp_path / "out") / "verify" / "copied"
+    left.mkdir(parents=True)
+    with open_run(tmp_path / "out") as run:
+        assert run.room == left.parent and not run.room.exists() and latest(run) is not None
 
 
 def test_nothing_is_left_of_a_run_without_checkpoints(tmp_path: Path) -> None:

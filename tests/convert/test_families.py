@@ -7,6 +7,7 @@ from typing import Any
 import pytest
 from transformers import AutoConfig, GPT2Config, LlamaConfig
 
+from linearize.artifacts.config_reader import SUPPORTED
 from linearize.convert.families import FAMILIES, check_fit, family_of
 from linearize.errors import UsageError
 from linearize.modeling.configuration_linearized import CONFIGS, linearized_config
@@ -21,7 +22,7 @@ def fit(config: Any, context: int | None = 64, spec: MixerSpec = SPEC) -> list[s
 
 
 def test_every_family_has_its_classes() -> None:
-    assert set(FAMILIES) == set(CONFIGS) == set(MODELS) == {"llama", "mistral", "qwen2", "qwen3"}
+    assert set(FAMILIES) == set(SUPPORTED) == set(CONFIGS) == set(MODELS) == {"llama", "mistral", "qwen2", "qwen3"}
     for kind, family in FAMILIES.items():
         assert MODELS[kind].__name__ == f"Linearized{family.name}ForCausalLM"
 

@@ -87,6 +87,11 @@ def test_a_short_conversion(
     for path in out.iterdir():
         assert str(tmp_path).encode() not in path.read_bytes(), path.name
     card = (out / "README.md").read_text()
+    assert card.startswith('---\nbase_model: "teacher"\nlibrary_name: transformers\npipeline_tag: text-generation\n')
+    digest = manifest["data"]["sha256"][:12]
+    assert f"`text.txt`, sha256 `{digest}..." in card and "the last 16 to 32 tokens (blocks of 16), no sinks" in card
+    assert card.count('from_pretrained("out"') == 4 and "audit out --against" in card and "FOLDER" not in card
+    assert "`LICENSE`, as they lay" in card and card.count("running mean of the training loss") == 2
     assert "the attention of 1 of its 2 layers" in card and "trust_remote_code=True" in card and "{" not in card
 
     model, tokenizer = load_model(out, device="cpu"), load_tokenizer(out)
@@ -97,7 +102,7 @@ def test_a_short_conversion(
 @pytest.fixture
 def unverified(monkeypatch: pytest.MonkeyPatch) -> None:
     """Without the two fresh processes, which cost ten seconds."""
-    monkeypatch.setattr(pipeline, "verify_export", lambda folder, expected, *, device: {})
+    monkeypatch.setattr(pipeline, "verify_export", lambda folder, expected, **places: {})
 
 
 @pytest.mark.usefixtures("unverified")

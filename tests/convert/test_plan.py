@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import json
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+from linearize.convert import pipeline
 from linearize.convert.plan import inspect, make_plan
 from linearize.errors import RefusedError, UsageError
 from linearize.recipe import load_recipe
@@ -68,6 +71,33 @@ def test_inspect(teacher_folder: Path) -> None:
     half = inspect(teacher_folder, load_recipe("lolcats", ["keep_softmax=every 2"]))
     assert half["state_bytes"] * 2 == found["state_bytes"] and half["break_even_context"] == even
     assert half["softmax_kv_bytes"]["2048"] * 2 == plain["kv_bytes"]["2048"]
+
+
+@pytest.mark.parametrize(
+    ("kind", "sizes"),
+    [
+        ("gpt2", {"n_layer": 2, "n_embd": 32, "n_head": 4, "vocab_size": 259}),
+        ("bert", {"num_hidden_layers": 2, "hidden_size": 32, "num_attention_heads": 4, "vocab_size": 259}),
+        ("foobar", {}),
+    ],
+)
+def test_another_family_is_refused_as_such(
+    teacher_folder: Path, tmp_path: Path, kind: str, sizes: dict[str, int]
+) -> None:
+    model = tmp_path / kind
+    shutil.copytree(teacher_folder, model)
+    (model / "config.json").write_text(json.dumps({"model_type": kind, **sizes}))
+    recipe = load_recipe("lolcats", SMALL)
+    line = f"the family '{kind}' cannot be converted. Supported families: llama, mistral, qwen2, qwen3."
+    for ask in (
+        lambda: inspect(model),
+        lambda: inspect(model, recipe),
+        lambda: make_plan(model, recipe=recipe),
+        lambda: pipeline.convert(model, tmp_path / "out", recipe=recipe, data="demo"),
+    ):
+        with pytest.raises(UsageError) as caught:
+            ask()
+        assert str(caught.value) == line
 
 
 def test_parameters_are_those_of_the_model(make_teacher: Callable[..., Any], variant: str, tmp_path: Path) -> None:

@@ -15,7 +15,7 @@ import torch
 from safetensors.torch import load_file
 
 from linearize.convert import checkpoint, pipeline
-from linearize.convert.checkpoint import run_folder
+from linearize.convert.early import run_folder
 from linearize.convert.pipeline import convert
 from linearize.errors import RefusedError
 from linearize.progress import NullProgress
@@ -59,7 +59,7 @@ pipeline.convert(teacher, out, recipe="lolcats", data=data, overrides=options, r
 @pytest.fixture(autouse=True)
 def unverified(monkeypatch: pytest.MonkeyPatch) -> None:
     """The fresh processes are another test's matter."""
-    monkeypatch.setattr(pipeline, "verify_export", lambda folder, expected, *, device: {})
+    monkeypatch.setattr(pipeline, "verify_export", lambda folder, expected, **places: {})
 
 
 @pytest.fixture(scope="module")
@@ -68,7 +68,7 @@ def whole(teacher_folder: Path, text_file: Path, tmp_path_factory: pytest.TempPa
     out = tmp_path_factory.mktemp("whole") / "out"
     torch.set_num_threads(1)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(pipeline, "verify_export", lambda folder, expected, *, device: {})
+        patch.setattr(pipeline, "verify_export", lambda folder, expected, **places: {})
         return out, convert(teacher_folder, out, recipe="lolcats", data=str(text_file), overrides=OPTIONS)
 
 
@@ -128,8 +128,30 @@ def test_interrupted_and_resumed(
     with pytest.raises(KeyboardInterrupt):
         run(progress=Interrupter("finetune", 5), resume=True)
     same(whole, out, run(resume=True))
-    with pytest.raises(RefusedError, match="is not empty"):
+    with pytest.raises(RefusedError, match="is not empty") as caught:
         run(resume=True)
+    assert "--resume" not in str(caught.value)
+
+
+class Tables(NullProgress):
+    """Counts the layer tables."""
+
+    def __init__(self) -> None:
+        self.rows: list[Any] = []
+
+    def layer_table(self, rows: Any) -> None:
+        self.rows.append(rows)
+
+
+def test_a_stage_that_was_over_is_not_told_again(
+    whole: Any, teacher_folder: Path, text_file: Path, tmp_path: Path
+) -> None:
+    out, watch = tmp_path / "out", Tables()
+    places: dict[str, Any] = {"recipe": "lolcats", "data": str(text_file), "overrides": OPTIONS}
+    with pytest.raises(KeyboardInterrupt):
+        convert(teacher_folder, out, progress=Interrupter("align", 6), **places)  # the last step
+    same(whole, out, convert(teacher_folder, out, progress=watch, resume=True, **places))
+    assert not watch.rows
 
 
 def test_resume_with_nothing_there_begins(whole: Any, teacher_folder: Path, text_file: Path, tmp_path: Path) -> None:

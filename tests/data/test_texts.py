@@ -93,6 +93,11 @@ FAULTS = {
     "field is a number": ("a.jsonl", b'{"text": 3}', "line 1: the field 'text' is not a string but a int"),
     "not an object": ("a.jsonl", b'["x"]', "line 1: a record is an object"),
     "not JSON": ("a.jsonl", jsonl(["x", "y"]) + b"{oops}\n", "line 3: not JSON"),
+    "not JSON to the end of the line": (
+        "a.jsonl", jsonl(["x"]) + b'{"text": "y"\n' + jsonl(["z"]), "line 2: not JSON",
+    ),
+    "not JSON to the end of a CRLF line": ("a.jsonl", b'{"text": "y"\r\n{"text": "z"}', "line 1: not JSON"),
+    "not JSON to the end, .json": ("a.json", b'{"text": "y"\r\n{"text": "z"}', "line 1: not JSON"),
     "not JSON, array": ("a.json", b'[\n{"text": "x"},\n{oops}]', "line 3: not JSON"),
     "array item": ("a.json", b'[{"text": "x"}, 5]', "item 1: a record is an object"),
     "nested": ("a.jsonl", b"[" * 100_000, "line 1: not JSON"),

@@ -18,6 +18,7 @@ from linearize.errors import RefusedError, UsageError, VerificationError
 from linearize.evaluate import evaluate, perplexity
 from linearize.evaluate.perplexity import Scores, by_position, score, tokenizer_digest
 from linearize.evaluate.protocols import Row, make_task, parse_protocol
+from linearize.progress import told_to
 
 
 def rows_of_lengths(*lengths: int, seed: int = 0) -> list[Row]:
@@ -232,3 +233,37 @@ def test_wikitext_anchor(shared: Path) -> None:
     assert result["byte_perplexity"] == pytest.approx(13.024490413, rel=1e-6)
     assert result["bits_per_byte"] == pytest.approx(3.703155022683, rel=1e-6)
     assert (result["tokens"], result["words"], result["bytes"]) == (766_012, 241_335, 1_290_527)
+
+
+def test_windows_beyond_the_trained_positions_are_noted(pair: Any, text_file: Path) -> None:
+    near = evaluate(pair, data=str(text_file), context=128)
+    assert near["notes"] == []
+    far = evaluate(pair, data=str(text_file), context=200, max_windows=1)
+    assert far["notes"] == ["windows of 200 tokens reach beyond the 128 positions the model was trained on"]
+
+
+def test_scoring_tells_what_it_reads(pair: Any) -> None:
+    heard: list[tuple[str, str]] = []
+    with told_to(lambda what, who: heard.append((what, who))):
+        score(pair[0], rows_of_lengths(9, 17), name="teacher")
+        score(pair[0], rows_of_lengths(9))
+    assert heard == [("reading 2 windows of 17 tokens", "teacher"), ("reading 1 window of 9 tokens", "the model")]
+
+
+def test_loading_and_tokenising_make_no_noise(
+    teacher_folder: Path, text_file: Path, capsys: pytest.CaptureFixture
+) -> None:
+    from transformers.utils import logging
+
+    before = logging.is_progress_bar_enabled()
+    logging.enable_progress_bar()
+    logging.enable_propagation()
+    try:
+        _, tokenizer = linearize.load(teacher_folder, device="cpu")
+        assert len(tokenizer("a b c " * 9999)["input_ids"]) > tokenizer.model_max_length
+        assert logging.is_progress_bar_enabled(), "put back"
+    finally:
+        logging.disable_propagation()
+        if not before:
+            logging.disable_progress_bar()
+    assert capsys.readouterr().err == ""
