@@ -48,6 +48,7 @@ demo: $(VENV)/.installed
 	@$(BIN)/linearize generate demo $(SAMPLE)
 	@echo; echo 'The student continues the same prompt:'
 	@$(BIN)/linearize generate $(OUT) $(SAMPLE)
+	@echo 'Up to 128 tokens a lolcats layer is all window, so short texts tell the two apart by rounding alone.'
 	@echo; echo 'This is a toy budget (250k tokens of alignment, 60k of finetuning); the measured recipes are in README.md.'
 
 test: $(VENV)/.installed-test
