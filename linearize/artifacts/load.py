@@ -20,12 +20,7 @@ if TYPE_CHECKING:
 
 DEMO = "demo"
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]{0,95}/[A-Za-z0-9][\w.-]{0,95}")
-_HUB_FILES = (
-    "config.json",
-    "generation_config.json",
-    "model.safetensors",
-    "model-*.safetensors",
-    "model.safetensors.index.json",
+TOKENIZER_FILES = (
     "tokenizer.json",
     "tokenizer_config.json",
     "tokenizer.model",
@@ -34,6 +29,16 @@ _HUB_FILES = (
     "vocab.json",
     "merges.txt",
     "chat_template.jinja",
+    "chat_template.json",
+)
+"""What a tokenizer may consist of: fetched with a checkpoint, and carried over to its conversion."""
+_HUB_FILES = (
+    "config.json",
+    "generation_config.json",
+    "model.safetensors",
+    "model-*.safetensors",
+    "model.safetensors.index.json",
+    *TOKENIZER_FILES,
     MANIFEST,
 )
 _TOKENIZERS = ("tokenizer.json", "tokenizer.model", "vocab.json")
@@ -280,6 +285,7 @@ def _brief(error: BaseException) -> str:
 __all__ = [
     "DEMO",
     "OUR_PREFIX",
+    "TOKENIZER_FILES",
     "check_checkpoint",
     "load_model",
     "load_tokenizer",

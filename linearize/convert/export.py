@@ -11,22 +11,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from linearize.artifacts.load import TOKENIZER_FILES
 from linearize.artifacts.manifest import write_manifest
 from linearize.convert.card import model_card
 from linearize.convert.lora import extract
 
 SHARD = "5GB"
-TOKENIZER_FILES = (
-    "tokenizer.json",
-    "tokenizer_config.json",
-    "tokenizer.model",
-    "special_tokens_map.json",
-    "added_tokens.json",
-    "vocab.json",
-    "merges.txt",
-    "chat_template.jinja",
-    "chat_template.json",
-)
 GENERATION = "generation_config.json"
 TERMS = ("LICENSE*", "LICENCE*", "NOTICE*", "USE_POLICY*")
 """The teacher's terms go where its weights go."""
