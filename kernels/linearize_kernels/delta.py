@@ -9,7 +9,10 @@ Shapes as in linear.py.
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
+from torch.autograd.function import once_differentiable
 
 from .linear import chunk_scores, pair_decay, read_lagged, split_chunks
 
@@ -57,16 +60,64 @@ def chunk_delta(
     written = k_c * (g_cum[:, :, :, -1:] - g_cum).exp().unsqueeze(-1)
     q_read = q_c * g_cum.exp()[:, :, None, :, :, None]
     scores = None if lag else chunk_scores(q_c, k_c, g_cum)
-    states = [torch.zeros_like(k[:, :, 0, :, None] * v[:, :, 0, None, :]) if state is None else state.to(q.dtype)]
-    outputs = []
-    for n in range(k_c.shape[2]):
-        last = states[-1]
-        update = own[:, :, n] - seen[:, :, n] @ last  # what each token really writes, [N, S, C, V]
-        if scores is not None:
-            inside = torch.einsum("nsrij,nsjv->nsriv", scores[:, :, :, n], update)
-            outputs.append(torch.einsum("nsrcf,nsfv->nsrcv", q_read[:, :, :, n], last) + inside)
-        states.append(last * g_cum[:, :, n, -1].exp()[..., None, None] + written[:, :, n].mT @ update)
-    stacked = torch.stack(states, dim=2)
-    if lag:
-        return read_lagged(q_c, stacked, g_cum).flatten(3, 4)[:, :, :, :length], stacked
-    return torch.stack(outputs, dim=3).flatten(3, 4)[:, :, :, :length], stacked
+    first = k.new_zeros(*k.shape[:2], k.shape[-1], v.shape[-1]) if state is None else state.to(q.dtype)
+    states, update = scan_delta(own, seen, written, g_cum[..., -1].exp(), first)
+    if scores is None:
+        return read_lagged(q_c, states, g_cum).flatten(3, 4)[:, :, :, :length], states
+    out = torch.einsum("nsrbcf,nsbfv->nsrbcv", q_read, states[:, :, :-1])
+    out = out + torch.einsum("nsrbij,nsbjv->nsrbiv", scores, update)
+    return out.flatten(3, 4)[:, :, :, :length], states
+
+
+def scan_delta(
+    own: torch.Tensor, seen: torch.Tensor, written: torch.Tensor, keep: torch.Tensor, state: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """The sequential part: u_n = own_n - seen_n S_n, S_{n+1} = keep_n S_n + written_n^T u_n.
+
+    Args:
+        own: [N, S, B, C, V]; seen, written: [N, S, B, C, F]; keep: [N, S, B]; state: S_0 [N, S, F, V].
+
+    Returns:
+        states [N, S, B + 1, F, V] and updates u [N, S, B, C, V], differentiable once.
+    """
+    states, update = _ScanDelta.apply(*(_chunks_first(x) for x in (own, seen, written, keep)), state.flatten(0, 1))
+    heads = own.shape[:2]
+    return tuple(x.unflatten(1, heads).movedim(0, 2) for x in (states, update))  # type: ignore[return-value]
+
+
+def _chunks_first(x: torch.Tensor) -> torch.Tensor:
+    """[N, S, B, ...] -> [B, N S, ...], so that a chunk is one batch of matrices."""
+    return x.flatten(0, 1).transpose(0, 1).contiguous()
+
+
+class _ScanDelta(torch.autograd.Function):
+    """The recurrence with its own backward: a few batched products a chunk, where autograd would record dozens."""
+
+    @staticmethod
+    def forward(ctx: Any, own: torch.Tensor, seen: torch.Tensor, written: torch.Tensor, keep: torch.Tensor,
+                state: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:  # fmt: skip
+        states, update = state.new_empty(len(own) + 1, *state.shape), torch.empty_like(own)
+        states[0] = state
+        factor = keep[..., None, None]
+        for n in range(len(own)):
+            torch.baddbmm(own[n], seen[n], states[n], alpha=-1, out=update[n])
+            torch.baddbmm(states[n] * factor[n], written[n].mT, update[n], out=states[n + 1])
+        ctx.save_for_backward(seen, written, keep, states, update)
+        return states, update
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, d_states: torch.Tensor, d_update: torch.Tensor) -> tuple[torch.Tensor, ...]:  # type: ignore[override]
+        seen, written, keep, states, update = ctx.saved_tensors
+        later = torch.empty_like(states)  # gradient of the state after each chunk; at index 0, of the first state
+        later[-1] = d_states[-1]
+        d_own = torch.empty_like(update)
+        factor = keep[..., None, None]
+        for n in reversed(range(len(update))):
+            torch.baddbmm(d_update[n], written[n], later[n + 1], out=d_own[n])
+            kept = torch.addcmul(d_states[n], factor[n], later[n + 1])
+            torch.baddbmm(kept, seen[n].mT, d_own[n], alpha=-1, out=later[n])
+        d_seen = -(d_own @ states[:-1].mT)
+        d_written = update @ later[1:].mT
+        d_keep = (states[:-1] * later[1:]).sum((-2, -1))
+        return d_own, d_seen, d_written, d_keep, later[0]

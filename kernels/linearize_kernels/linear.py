@@ -14,6 +14,9 @@ import torch.nn.functional as nnf
 
 from .decayed import decayed_scores
 
+GROUP = 32
+"""Chunks whose states are made by one product: its cost is quadratic in this."""
+
 
 def split_chunks(x: torch.Tensor, dim: int, chunk: int) -> torch.Tensor:
     """Zero-pad `dim` to a multiple of `chunk` and split it into (chunks, chunk)."""
@@ -86,11 +89,27 @@ def scan_chunks(update: torch.Tensor, g_cum: torch.Tensor | None, state: torch.T
     first = torch.zeros_like(update[:, :, 0]) if state is None else state.to(update.dtype)
     if g_cum is None:
         return torch.cat((first.unsqueeze(2), first.unsqueeze(2) + update.cumsum(2)), dim=2)
-    keep = g_cum[:, :, :, -1].exp()  # [N, S, B] or [N, S, B, F]
+    last = g_cum[:, :, :, -1]  # [N, S, B] or [N, S, B, F]
+    if last.ndim == 3:
+        return _scan_groups(update, last, first)
     states = [first]
-    for n in range(update.shape[2]):
-        states.append(states[-1] * _per_row(keep[:, :, n]) + update[:, :, n])
+    # unbind, not indexing: the gradient of an index is a whole tensor of zeros for every chunk.
+    for kept, own in zip(last.exp().unbind(2), update.unbind(2), strict=True):
+        states.append(states[-1] * kept.unsqueeze(-1) + own)
     return torch.stack(states, dim=2)
+
+
+def _scan_groups(update: torch.Tensor, log_keep: torch.Tensor, first: torch.Tensor) -> torch.Tensor:
+    """The scan under one decay a chunk, log_keep [N, S, B]: a product with the decays of all pairs, group by group.
+
+    S_n = sum_{m < n} exp(g_{m+1} + ... + g_{n-1}) U_m: one matrix product where a loop would take B steps.
+    """
+    states = [first.unsqueeze(2)]
+    for own, log in zip(update.split(GROUP, dim=2), log_keep.split(GROUP, dim=2), strict=True):
+        total = log.cumsum(2)
+        made = torch.einsum("nsij,nsjfv->nsifv", pair_decay(total), own)
+        states.append(made + total.exp()[..., None, None] * states[-1][:, :, -1:])
+    return torch.cat(states, dim=2)
 
 
 def read_lagged(q_c: torch.Tensor, states: torch.Tensor, g_cum: torch.Tensor | None) -> torch.Tensor:
@@ -106,8 +125,3 @@ def read_lagged(q_c: torch.Tensor, states: torch.Tensor, g_cum: torch.Tensor | N
 def _spread(weight: torch.Tensor, like: torch.Tensor) -> torch.Tensor:
     """A scalar weight per token, or one per channel, shaped to multiply [..., C, F]."""
     return weight.unsqueeze(-1) if weight.ndim == like.ndim - 1 else weight
-
-
-def _per_row(keep: torch.Tensor) -> torch.Tensor:
-    """Decay of one chunk shaped to multiply a state [N, S, F, V]."""
-    return keep[..., None, None] if keep.ndim == 2 else keep[..., None]

@@ -55,8 +55,18 @@ def pair_weights(q: torch.Tensor, k: torch.Tensor, log_decay: torch.Tensor | Non
     return torch.stack(rows, dim=3)
 
 
-def window_weights(q: torch.Tensor, k: torch.Tensor, *, scale: float, seen: torch.Tensor) -> torch.Tensor:
-    """exp(s_ij - max_j s_ij) over the pairs in `seen` [T, T], 0 elsewhere: [N, K, R, T, D] -> [N, K, R, T, T]."""
+def window_weights(
+    q: torch.Tensor, k: torch.Tensor, *, scale: float, seen: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Softmax over the pairs in `seen` [T, T], unnormalised.
+
+    Args:
+        q: [N, K, R, T, D]; k: [N, K, T, D].
+
+    Returns:
+        exp(s_ij - max_j s_ij) [N, K, R, T, T], 0 elsewhere, and the largest score of each row [N, K, R, T, 1].
+    """
     scores = torch.einsum("nkrid,nkjd->nkrij", q, k) * scale
     scores = scores.masked_fill(~seen, float("-inf"))
-    return (scores - scores.amax(dim=-1, keepdim=True)).exp()
+    largest = scores.amax(dim=-1, keepdim=True)
+    return (scores - largest).exp(), largest

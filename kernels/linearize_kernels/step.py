@@ -32,19 +32,20 @@ def step_delta(
 
 def step_window(
     q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, seen: torch.Tensor, *, scale: float
-) -> tuple[torch.Tensor, torch.Tensor]:
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """Softmax of one query over the stored keys, unnormalised as in window.py.
 
     Args:
         q: [B, K, R, D]; k, v: [B, K, M, D]; seen: which of the M stored keys count, [B, M] bool.
 
     Returns:
-        numerator [B, K, R, D], denominator [B, K, R, 1].
+        numerator [B, K, R, D], denominator [B, K, R, 1], largest score [B, K, R, 1].
     """
     scores = torch.einsum("bkrd,bkmd->bkrm", q, k) * scale
     scores = scores.masked_fill(~seen[:, None, None], float("-inf"))
-    weights = (scores - scores.amax(dim=-1, keepdim=True)).exp()
-    return torch.einsum("bkrm,bkmd->bkrd", weights, v), weights.sum(dim=-1, keepdim=True)
+    largest = scores.amax(dim=-1, keepdim=True)
+    weights = (scores - largest).exp()
+    return torch.einsum("bkrm,bkmd->bkrd", weights, v), weights.sum(dim=-1, keepdim=True), largest
 
 
 def _decayed(state: torch.Tensor, log_decay: torch.Tensor | None) -> torch.Tensor:

@@ -2,7 +2,8 @@
 
 Blocks are counted from the start of the sequence, so what a token sees never depends on what comes after it.
 Numerator and denominator are returned apart, relative to the row's largest score, because LoLCATs (arXiv 2410.10254,
-eq. 7) shares the denominator with the linear branch.
+eq. 7) shares the denominator with the linear branch; the largest score comes with them, so that the window's mass is
+known.
 Shapes: N sequences, K key heads, R query heads per key head, L tokens, W block, D channels.
 """
 
@@ -30,7 +31,7 @@ def chunk_window(
     sink_k: torch.Tensor | None = None,
     sink_v: torch.Tensor | None = None,
     first_block: torch.Tensor | int = 0,
-) -> tuple[torch.Tensor, torch.Tensor]:
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """Block-window softmax attention, unnormalised; linear in time and memory.
 
     Args:
@@ -42,8 +43,8 @@ def chunk_window(
         first_block: number of the block at index 0, an int or [N].
 
     Returns:
-        numerator [N, K, R, L, D] and denominator [N, K, R, L, 1], both relative to exp(the row's largest score).
-        Nothing is seen before index 0 but the sinks.
+        numerator [N, K, R, L, D] and denominator [N, K, R, L, 1], both relative to exp(the row's largest score), and
+        that score [N, K, R, L, 1]. Nothing is seen before index 0 but the sinks.
     """
     length = q.shape[3]
     q_b, k_b, v_b = split_chunks(q, 3, window), split_chunks(k, 2, window), split_chunks(v, 2, window)
@@ -65,13 +66,14 @@ def chunk_window(
         apart = sink_block < block - 1  # the others are in the window already
         scores = torch.cat((scores, sink_scores.masked_fill(~apart[:, None, None, :, None], float("-inf"))), dim=-1)
 
-    weights = (scores - scores.amax(dim=-1, keepdim=True)).exp()
+    largest = scores.amax(dim=-1, keepdim=True)
+    weights = (scores - largest).exp()
     denominator = weights.sum(dim=-1, keepdim=True)
     pair, rest = weights.split((2 * window, weights.shape[-1] - 2 * window), dim=-1)
     numerator = torch.einsum("nkrbij,nkbjd->nkrbid", pair, v_pair)
     if sink_v is not None:
         numerator = numerator + torch.einsum("nkrbiz,nkzd->nkrbid", rest, sink_v)
-    return numerator.flatten(3, 4)[:, :, :, :length], denominator.flatten(3, 4)[:, :, :, :length]
+    return tuple(x.flatten(3, 4)[:, :, :, :length] for x in (numerator, denominator, largest))  # type: ignore[return-value]
 
 
 def _previous(blocks: torch.Tensor) -> torch.Tensor:

@@ -30,6 +30,7 @@ class LinearizedFields:
     mixer_feature_dim: int | None = MixerSpec.feature_dim
     mixer_state_heads: str = MixerSpec.state_heads
     mixer_rope: bool = MixerSpec.rope
+    mixer_own_qk: bool = MixerSpec.own_qk
     mixer_decay: str = MixerSpec.decay
     mixer_decay_power: float | int = MixerSpec.decay_power
     mixer_write: str = MixerSpec.write
@@ -126,7 +127,7 @@ def layer_state_bytes(config: Any, spec: MixerSpec, *, dtype_bytes: int = 2) -> 
     """Bytes one linear layer keeps for one sequence; window keys and values in the model's dtype, the rest float32."""
     heads, kv_heads, width = head_sizes(config)
     state_heads = heads if spec.state_heads == "query" else kv_heads
-    features = feature_size(spec.feature_map, width, spec.feature_dim)
+    features = 0 if spec.write == "none" else feature_size(spec.feature_map, width, spec.feature_dim)
     values = width + (spec.normaliser in ("shared", "own"))
     total = 4 * state_heads * features * values + 2 * (2 * spec.window + spec.sinks) * kv_heads * width * dtype_bytes
     if spec.lagged:

@@ -39,6 +39,11 @@ def _taylor(y: torch.Tensor) -> torch.Tensor:
     return torch.cat((torch.ones_like(y[..., :1]), y, y[..., row] * y[..., column] * weight), dim=-1)
 
 
+def _two_sided_relu(y: torch.Tensor) -> torch.Tensor:
+    """[relu(y), relu(-y)] (arXiv 1603.05201): keeps all of y, and vectors that point apart become orthogonal."""
+    return torch.cat((y.relu(), (-y).relu()), dim=-1)
+
+
 ACTIVATIONS: dict[str, Callable[[torch.Tensor], torch.Tensor]] = {
     "identity": lambda x: x,
     "softmax": lambda x: x.softmax(-1),
@@ -48,20 +53,50 @@ ACTIVATIONS: dict[str, Callable[[torch.Tensor], torch.Tensor]] = {
     "elu": lambda x: 1.0 + nnf.elu(x),
     "taylor": _taylor,
     "l2norm": lambda x: nnf.normalize(x, dim=-1, eps=1e-6),
+    "linear": lambda y: y,
+    "crelu": _two_sided_relu,
 }
 BIASED = ("hedgehog_exp", "relu")
-SCALED = ("identity", "l2norm")
+SCALED = ("identity", "l2norm", "linear", "crelu")
 """Maps without a temperature of their own: queries are scaled like the teacher's scores."""
 
 
 def feature_size(name: str, head_dim: int, feature_dim: int | None) -> int:
     """Number of features the map `name` makes of a head vector."""
     width = feature_dim or head_dim
-    if name in ("hedgehog_softmax", "hedgehog_exp"):
+    if name in ("hedgehog_softmax", "hedgehog_exp", "crelu"):
         return 2 * width
     if name == "taylor":
         return 1 + width + width * (width + 1) // 2
     return width if name in LEARNED_MAPS else head_dim
+
+
+def _bases(head_dim: int, width: int) -> torch.Tensor:
+    """[D, width]: the identity and, beyond D columns, rotations of it; the same for queries and keys (fixed seeds).
+
+    Zeros in their place would all get the same gradient and never tell each other apart.
+    """
+    blocks = [torch.eye(head_dim)]
+    for n in range(1, -(-width // head_dim)):
+        draw = torch.randn(head_dim, head_dim, generator=torch.Generator().manual_seed(n))
+        blocks.append(torch.linalg.qr(draw)[0])
+    return torch.cat(blocks, dim=1)[:, :width]
+
+
+class OwnProjection(nn.Module):
+    """x W_h^T: the layer's input to one vector a head, [N, L, C] -> [N, H, L, D]; zero at first."""
+
+    def __init__(self, hidden_size: int, heads: int, head_dim: int) -> None:
+        super().__init__()
+        self.heads = heads
+        self.weight = nn.Parameter(torch.empty(heads * head_dim, hidden_size))
+
+    def initial_values(self) -> dict[str, torch.Tensor]:
+        """Zero: the teacher's own queries and keys are where learning starts."""
+        return {"weight": torch.zeros(self.weight.shape)}
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return nnf.linear(x, self.weight.to(x.dtype)).unflatten(-1, (self.heads, -1)).transpose(1, 2)
 
 
 class FeatureMap(nn.Module):
@@ -79,7 +114,7 @@ class FeatureMap(nn.Module):
 
     @torch.no_grad()
     def initial_values(self) -> dict[str, torch.Tensor]:
-        """What each parameter starts as: the identity, or for Taylor a projection that keeps dot products."""
+        """What each parameter starts as: bases of the head, or for Taylor a projection that keeps dot products."""
         if self.name not in LEARNED_MAPS:
             return {}
         heads, head_dim, width = self.weight.shape
@@ -89,7 +124,7 @@ class FeatureMap(nn.Module):
             basis = torch.linalg.qr(draw)[0][:, :width] if width < head_dim else torch.eye(head_dim, width)
             basis = basis * (max(head_dim, width) / min(head_dim, width)) ** 0.25
         else:
-            basis = torch.eye(head_dim, width)
+            basis = _bases(head_dim, width)
         values = {"weight": basis.expand(heads, -1, -1).clone()}
         if self.name in BIASED:
             values["bias"] = torch.zeros(heads, width)

@@ -82,8 +82,8 @@ class Decay(nn.Module):
         return -log_decay * (-self.a_log.to(log_decay.dtype)).exp()[:, None]
 
 
-class TokenGate(nn.Module):
-    """sigmoid(w_h.x + b_h): one number per head and token, [N, L, C] -> [N, H, L]."""
+class TokenScore(nn.Module):
+    """w_h.x + b_h: one number per head and token, [N, L, C] -> [N, H, L]; `start` is its first mean."""
 
     def __init__(self, hidden_size: int, heads: int, start: float) -> None:
         super().__init__()
@@ -93,11 +93,21 @@ class TokenGate(nn.Module):
 
     @torch.no_grad()
     def initial_values(self) -> dict[str, torch.Tensor]:
-        """Weights near zero and a bias that sets the mean: a gate without a bias could not start anywhere but 1/2."""
+        """Weights near zero and a bias that sets the mean."""
         return {
             "weight": torch.randn_like(self.weight, device="cpu") * 0.1 * self.weight.shape[1] ** -0.5,
-            "bias": torch.full_like(self.bias, math.log(self.start / (1 - self.start)), device="cpu"),
+            "bias": torch.full_like(self.bias, self.start, device="cpu"),
         }
 
     def forward(self, inputs: torch.Tensor) -> torch.Tensor:
-        return torch.sigmoid(_linear(inputs, self.weight, self.bias)).transpose(1, 2)
+        return _linear(inputs, self.weight, self.bias).transpose(1, 2)
+
+
+class TokenGate(TokenScore):
+    """sigmoid(w_h.x + b_h), about `start` at first: a gate without a bias could not start anywhere but 1/2."""
+
+    def __init__(self, hidden_size: int, heads: int, start: float) -> None:
+        super().__init__(hidden_size, heads, math.log(start / (1 - start)))
+
+    def forward(self, inputs: torch.Tensor) -> torch.Tensor:
+        return torch.sigmoid(super().forward(inputs))

@@ -17,8 +17,8 @@ import torch
 import torch.nn.functional as nnf
 from torch import nn
 
-from .feature_maps import SCALED, FeatureMap, feature_size
-from .gates import Decay, TokenGate
+from .feature_maps import SCALED, FeatureMap, OwnProjection, feature_size
+from .gates import Decay, TokenGate, TokenScore
 from .layout import Layout
 from .mixer_spec import MixerSpec
 from .mixer_state import MixerState
@@ -51,7 +51,8 @@ class Mixer(nn.Module):
     """Linear attention of one layer, as `spec` says.
 
     `branches` switches parts off for audits and training: `window` is the softmax window alone, `linear` the linear
-    branch alone and then over all past tokens, `none` gives zeros. `record` keeps `last_output` [B, T, H, D];
+    branch alone and then over all past tokens, `none` gives zeros. `record` keeps `last_output` [B, T, H, D], and in
+    `last_linear`, likewise, what the linear branch gives alone, where it reads the same tokens in the mix;
     `record_weights` keeps `last_weights` [N, H, L, L], each pair's share of the row, and runs the quadratic form.
     """
 
@@ -62,12 +63,13 @@ class Mixer(nn.Module):
         self.spec, self.scaling = spec, scaling
         self.num_heads, self.num_kv_heads, self.head_dim = num_heads, num_kv_heads, head_dim
         self.state_heads = num_heads if spec.state_heads == "query" else num_kv_heads
-        self.features = feature_size(spec.feature_map, head_dim, spec.feature_dim)
+        self.features = 0 if spec.write == "none" else feature_size(spec.feature_map, head_dim, spec.feature_dim)
         self.value_size = head_dim + (spec.normaliser in ("shared", "own"))
         self.branches = "full"
         self.execution = "chunked"
         self.record = self.record_weights = False
         self.last_output: torch.Tensor | None = None
+        self.last_linear: torch.Tensor | None = None
         self.last_weights: torch.Tensor | None = None
 
         self.q_map = FeatureMap(spec.feature_map, num_heads, head_dim, spec.feature_dim)
@@ -79,10 +81,19 @@ class Mixer(nn.Module):
             heads=self.state_heads,
             features=self.features,
         )
+        if spec.own_qk:
+            self.q_own = OwnProjection(hidden_size, num_heads, head_dim)
+            self.k_own = OwnProjection(hidden_size, self.state_heads, head_dim)
         if spec.write == "delta":
             self.beta = TokenGate(hidden_size, self.state_heads, 0.5)
         if spec.mix == "gate" and spec.window:
             self.mix_gate = TokenGate(hidden_size, num_heads, spec.window_weight)
+        if spec.mix == "mass" and spec.window:
+            # As if all scores were zero: the window's log mass is then about log(3/2 W).
+            odds = (1 - spec.window_weight) / spec.window_weight
+            self.far_mass = TokenScore(hidden_size, num_heads, math.log(1.5 * spec.window * odds))
+        if spec.normaliser == "scale":
+            self.linear_scale = nn.Parameter(torch.empty(num_heads))
         if spec.normaliser == "shared":
             self.window_logit = nn.Parameter(torch.empty(num_heads))
         if spec.normaliser == "norm":
@@ -98,6 +109,8 @@ class Mixer(nn.Module):
         if self.spec.normaliser == "shared":
             weight = self.spec.window_weight
             values["window_logit"] = torch.full((self.num_heads,), math.log(weight / (1 - weight)))
+        if self.spec.normaliser == "scale":
+            values["linear_scale"] = torch.ones(self.num_heads)
         if self.spec.normaliser == "norm":
             values["norm_weight"] = torch.ones(self.num_heads, self.head_dim)
         return values
@@ -137,7 +150,7 @@ class Mixer(nn.Module):
         """
         dtype, length = q.dtype, q.shape[2]
         with torch.autocast(q.device.type, enabled=False):
-            if self.branches == "none":
+            if self.branches == "none" or (self.branches == "linear" and self.spec.write == "none"):
                 out = torch.zeros_like(q)
             elif cache is None:
                 out = self._aligned(q, k, v, inputs, rotation, layout, None)
@@ -163,11 +176,11 @@ class Mixer(nn.Module):
     def _token(self, q, k, v, inputs, rotation):  # type: ignore[no-untyped-def]
         """What one token brings, each without its time axis."""
         q, k, v, inputs = _precise(q, k, v, inputs)
-        q_lin, k_lin = self.linear_qk(q, k, rotation)
+        q_lin, k_lin = self.linear_qk(q, k, inputs, rotation)
         g, beta = self.gates(inputs, k_lin)
         fq, fk = self.map_queries(q_lin), self.map_keys(k_lin, g)
-        gate = self.mix_gate(inputs) if hasattr(self, "mix_gate") else None
-        return tuple(None if x is None else x.squeeze(2) for x in (q, k, v, fq.flatten(1, 2), fk, g, beta, gate))
+        token = (q, k, v, fq.flatten(1, 2), fk, g, beta, self.gate(inputs))
+        return tuple(None if x is None else x.squeeze(2) for x in token)
 
     def _aligned(self, q, k, v, inputs, rotation, layout, state):  # type: ignore[no-untyped-def]
         """Whole stretches of tokens: align left, mix, put back; out [B, H, T, D]."""
@@ -194,9 +207,9 @@ class Mixer(nn.Module):
     def _stretch(self, q, k, v, inputs, rotation, valid, state):  # type: ignore[no-untyped-def]
         """Aligned tokens by the execution that is asked for: out [N, H, L, D]."""
         q, k, v, inputs = _precise(q, k, v, inputs)
-        q_lin, k_lin = self.linear_qk(q, k, rotation)
+        q_lin, k_lin = self.linear_qk(q, k, inputs, rotation)
         g, beta = self.gates(inputs, k_lin)
-        gate = self.mix_gate(inputs) if hasattr(self, "mix_gate") else None
+        gate = self.gate(inputs)
         if self.execution == "quadratic" or self.record_weights:
             if state is not None:
                 raise ValueError("the quadratic execution has no state; use_cache must be False")
@@ -212,7 +225,7 @@ class Mixer(nn.Module):
         if self.spec.window and self.branches != "linear":
             sink = (k[:, :, :sinks], v[:, :, :sinks]) if sinks else (None, None)
             window = self.window_branch(q, k, v, *sink, first_block=0)
-        if self.branches != "window":
+        if self.branches != "window" and self.spec.write != "none":
             lag = self.spec.lagged and self.branches == "full"
             fk = self.map_keys(k_lin, g)
             if lag and sinks:
@@ -226,25 +239,25 @@ class Mixer(nn.Module):
         values = v.repeat_interleave(self.num_heads // self.num_kv_heads, dim=1)
         causal = torch.ones(length, length, dtype=torch.bool, device=q.device).tril()
         seen = block_window_mask(length, spec.window, spec.sinks, q.device) if spec.window else None
-        window = linear = None
+        window = linear = largest = None
         if seen is not None and self.branches != "linear":
             grouped = q.unflatten(1, (self.num_kv_heads, -1))
-            window = window_weights(grouped, k, scale=self.scaling, seen=seen).flatten(1, 2)
-        if self.branches != "window":
+            window, largest = (x.flatten(1, 2) for x in window_weights(grouped, k, scale=self.scaling, seen=seen))
+        if self.branches != "window" and spec.write != "none":
             covered, fk = causal, self.map_keys(k_lin, g)
             if seen is not None and spec.lagged and self.branches == "full":
                 covered = causal & ~seen
                 fk = torch.cat((torch.zeros_like(fk[:, :, : spec.sinks]), fk[:, :, spec.sinks :]), dim=2)
             linear = linear_weights(self.map_queries(q_lin), fk, log_decay=g, beta=beta, covered=covered).flatten(1, 2)
         if spec.normaliser == "norm" and linear is not None and not self.record_weights:
-            ones = None if window is None else (window @ values, window.sum(-1, keepdim=True))
+            ones = None if window is None else (window @ values, window.sum(-1, keepdim=True), largest)
             return self.combine(ones, linear @ values, gate)
-        weights = self._row_weights(window, linear, gate)
+        weights = self._row_weights(window, largest, linear, gate)
         if self.record_weights:
             self.last_weights = weights
         return weights @ values
 
-    def _row_weights(self, window, linear, gate) -> torch.Tensor:  # type: ignore[no-untyped-def]
+    def _row_weights(self, window, largest, linear, gate) -> torch.Tensor:  # type: ignore[no-untyped-def]
         """Weight of every value in every output [N, H, L, L]."""
         normaliser = self.spec.normaliser
         if linear is None:
@@ -256,18 +269,27 @@ class Mixer(nn.Module):
             return total / total.sum(-1, keepdim=True)
         if normaliser in ("shared", "own"):
             linear = linear / linear.sum(-1, keepdim=True).clamp_min(TINY)
+        elif normaliser == "scale":
+            linear = self._scaled(linear)
         if window is None:
             return linear
-        share = self.spec.window_weight if gate is None else gate.unsqueeze(-1)
-        return share * window / window.sum(-1, keepdim=True) + (1 - share) * linear
+        total = window.sum(-1, keepdim=True)
+        share = self._share(total, largest, gate)
+        return share * window / total + (1 - share) * linear
 
     # --------------------------------------------------------------------------------------------------- ingredients
 
-    def linear_qk(self, q, k, rotation):  # type: ignore[no-untyped-def]
+    def linear_qk(self, q, k, inputs, rotation):  # type: ignore[no-untyped-def]
         """Queries [N, H, L, D] and keys [N, S, L, D] as the linear branch sees them."""
         if not self.spec.rope and rotation is not None:
             q, k = unrotate(q, *rotation), unrotate(k, *rotation)
-        return q, k.repeat_interleave(self.state_heads // self.num_kv_heads, dim=1)
+        k = k.repeat_interleave(self.state_heads // self.num_kv_heads, dim=1)
+        if self.spec.own_qk:
+            q_own, k_own = self.q_own(inputs), self.k_own(inputs)
+            if self.spec.rope and rotation is not None:
+                q_own, k_own = rotate(q_own, *rotation), rotate(k_own, *rotation)
+            q, k = q + q_own, k + k_own
+        return q, k
 
     def gates(self, inputs: torch.Tensor, k_lin: torch.Tensor) -> tuple[torch.Tensor | None, torch.Tensor | None]:
         """Log decay [N, S, L] or [N, S, L, F], and write strength [N, S, L]; None where the spec has none."""
@@ -276,17 +298,32 @@ class Mixer(nn.Module):
             beta = self.beta(inputs) * (2.0 if self.spec.negative_eigenvalues else 1.0)
         return self.decay(inputs, k_lin), beta
 
+    def gate(self, inputs: torch.Tensor) -> torch.Tensor | None:
+        """What a learned mix reads from the input: the window's share, or the log mass of the rest [N, H, L]."""
+        if not self.spec.window or self.spec.mix not in ("gate", "mass"):
+            return None
+        made: torch.Tensor = (self.mix_gate if self.spec.mix == "gate" else self.far_mass)(inputs)
+        return made
+
     def map_queries(self, q_lin: torch.Tensor) -> torch.Tensor:
         """phi(q): [N, H, L, D] -> [N, S, R, L, F]."""
-        scale = self.scaling if self.spec.feature_map in SCALED else 1.0
-        return (self.q_map(q_lin) * scale).unflatten(1, (self.state_heads, -1))
+        fq = self._unit(self.q_map(q_lin))
+        if self.spec.feature_map in SCALED and self.spec.write != "delta":
+            fq = fq * self.scaling
+        return fq.unflatten(1, (self.state_heads, -1))
 
     def map_keys(self, k_lin: torch.Tensor, g: torch.Tensor | None) -> torch.Tensor:
         """phi(k): [N, S, L, D] -> [N, S, L, F], times the step size where that is what is written."""
         if self.spec.key_map == "forget":
             return 1.0 - k_lin.sigmoid()
-        fk = self.k_map(k_lin)
+        fk = self._unit(self.k_map(k_lin))
         return fk * self.decay.step_size(g).unsqueeze(-1) if self.spec.dt_gain and g is not None else fk
+
+    def _unit(self, features: torch.Tensor) -> torch.Tensor:
+        """The delta rule reads and writes along directions; other features stay as they are."""
+        if self.spec.write != "delta" or self.spec.feature_map == "l2norm":
+            return features
+        return nnf.normalize(features, dim=-1, eps=NORM_EPS)
 
     def values(self, v: torch.Tensor) -> torch.Tensor:
         """[N, K, ..., D] -> [N, S, ..., V]: per state head, with a column of ones where a denominator is kept."""
@@ -304,9 +341,9 @@ class Mixer(nn.Module):
         return out.flatten(1, 2), states
 
     def window_branch(self, q, k, v, sink_k, sink_v, *, first_block):  # type: ignore[no-untyped-def]
-        """Unnormalised numerator [N, H, L, D] and denominator [N, H, L, 1] of the softmax window."""
+        """Of the softmax window: unnormalised numerator [N, H, L, D], denominator and largest score [N, H, L, 1]."""
         grouped = q.unflatten(1, (self.num_kv_heads, -1))
-        numerator, denominator = chunk_window(
+        found = chunk_window(
             grouped,
             k,
             v,
@@ -316,7 +353,7 @@ class Mixer(nn.Module):
             sink_v=sink_v,
             first_block=first_block,
         )
-        return numerator.flatten(1, 2), denominator.flatten(1, 2)
+        return tuple(x.flatten(1, 2) for x in found)
 
     def combine(self, window, linear, gate) -> torch.Tensor:  # type: ignore[no-untyped-def]
         """Both branches' unnormalised results to the output [N, H, L, D]. A branch left alone gets all the weight."""
@@ -330,13 +367,28 @@ class Mixer(nn.Module):
                 linear = linear[..., :-1] / linear[..., -1:].clamp_min(TINY)
             elif normaliser == "norm":
                 linear = self._norm(linear)
+            elif normaliser == "scale":
+                linear = self._scaled(linear)
+            if self.record and not self.spec.lagged:
+                self.last_linear = linear.transpose(1, 2)
             if window is None:
                 return linear
         softmax = window[0] / window[1]
         if linear is None:
             return softmax
-        share = self.spec.window_weight if gate is None else gate.unsqueeze(-1)
+        share = self._share(window[1], window[2], gate)
         return share * softmax + (1 - share) * linear
+
+    def _share(self, total, largest, gate):  # type: ignore[no-untyped-def]
+        """The window's share of the output [N, H, L, 1], from its softmax sum `total` relative to exp(largest)."""
+        if gate is None:
+            return self.spec.window_weight
+        if self.spec.mix == "mass":  # softmax over all keys would divide its mass in the same way
+            return torch.sigmoid(total.log() + largest - gate.unsqueeze(-1))
+        return gate.unsqueeze(-1)
+
+    def _scaled(self, x: torch.Tensor) -> torch.Tensor:
+        return x * self.linear_scale.to(x.dtype)[:, None, None]
 
     def window_share(self, dtype: torch.dtype) -> torch.Tensor:
         """gamma, the window's weight in the shared mix: [H]."""
@@ -350,6 +402,13 @@ class Mixer(nn.Module):
 def _precise(*tensors: torch.Tensor) -> tuple[torch.Tensor, ...]:
     """float32 whatever the model's dtype, for states drift in less; float64 stays, for tests."""
     return tuple(x if x.dtype == torch.float64 else x.float() for x in tensors)
+
+
+def rotate(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
+    """RoPE on [N, H, L, D], cos and sin [N or 1, L, D]."""
+    cos, sin = cos.to(x.dtype).unsqueeze(1), sin.to(x.dtype).unsqueeze(1)
+    first, second = x.chunk(2, dim=-1)
+    return x * cos + torch.cat((-second, first), dim=-1) * sin
 
 
 def unrotate(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:

@@ -92,7 +92,7 @@ class MixerState:
             found = mixer.window_branch(q_region, parts["k"], parts["v"], *sink, first_block=first_block)
             window = tuple(take(x, region.new) for x in found)
 
-        state = tensors["state"]
+        linear, state = None, tensors["state"]
         if spec.lagged:
             k_region = parts["k"].repeat_interleave(mixer.state_heads // mixer.num_kv_heads, dim=1)
             place = region.start[:, None] + torch.arange(k_region.shape[2], device=k.device)
@@ -106,7 +106,7 @@ class MixerState:
             linear = take(out, region.new)
             gone = (after // spec.window - 1).clamp_min(0) - first_block  # blocks that left the window
             tensors["state"] = states[torch.arange(batch, device=k.device), :, gone]
-        else:
+        elif spec.write != "none":
             fk = mixer.map_keys(k_lin, g)
             fk = fk if valid is None else fk * keep_rows(valid, fk)
             linear, states = mixer.linear_branch(mixer.map_queries(q_lin), fk, v, g, beta, lag=False, state=state)
@@ -171,6 +171,7 @@ class MixerState:
             self._put(position, k=k, v=v, g=g, beta=beta)
             seen = self._visible(position)
             window = self._read_window(q, seen, position)
+        linear = None
         if spec.lagged:
             state = tensors["state"]
             if g is not None:
@@ -178,18 +179,20 @@ class MixerState:
                 past = (ring_g * keep_rows(seen, ring_g)).sum(2).exp()  # from the state's last write to now
                 past = past.unsqueeze(-1) if past.ndim == 2 else past
                 fq = fq * past.repeat_interleave(mixer.num_heads // mixer.state_heads, dim=1)
-        else:
+        elif spec.write != "none":
             values = mixer.values(v)
             write = step_linear if spec.write == "add" else step_delta
             extra = () if beta is None else (beta,)
             state = tensors["state"] = write(tensors["state"], fk, values, *extra, log_decay=g)
-        linear = torch.einsum("bsrf,bsfv->bsrv", fq.unflatten(1, (mixer.state_heads, -1)), state).flatten(1, 2)
+        if spec.write != "none":
+            linear = torch.einsum("bsrf,bsfv->bsrv", fq.unflatten(1, (mixer.state_heads, -1)), state)
+            linear = linear.flatten(1, 2).unsqueeze(2)
         tensors["position"] = position + 1
         self.cache.uniform = None if self.cache.uniform is None else self.cache.uniform + 1
         if spec.window:
             self._turn_block()
         expand = tuple(x.unsqueeze(2) for x in window) if window is not None else None
-        return mixer.combine(expand, linear.unsqueeze(2), None if gate is None else gate.unsqueeze(2))
+        return mixer.combine(expand, linear, None if gate is None else gate.unsqueeze(2))
 
     def _put(self, position: torch.Tensor, **token: torch.Tensor | None) -> None:
         rows = torch.arange(position.shape[0], device=position.device)

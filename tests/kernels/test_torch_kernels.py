@@ -16,6 +16,7 @@ from linearize_kernels import (
     window_weights,
 )
 from linearize_kernels.decayed import decayed_scores
+from linearize_kernels.linear import scan_chunks, split_chunks
 
 LENGTHS = (1, 2, 63, 64, 65, 127, 129, 200)
 
@@ -149,11 +150,17 @@ def test_chunked_window_is_the_definition(window: int, sinks: int) -> None:
         x = inputs(length, decay="none")
         q, k, v = x["q"], x["k"], x["v"]
         v = v.detach()[..., :1].expand(-1, -1, -1, 8).contiguous().requires_grad_()
-        weights = window_weights(q, k, scale=0.7, seen=block_window_mask(length, window, sinks))
+        seen = block_window_mask(length, window, sinks)
+        weights, largest = window_weights(q, k, scale=0.7, seen=seen)
         want = weights @ v.unsqueeze(2) / weights.sum(-1, keepdim=True)
         sink = (k[:, :, :sinks], v[:, :, :sinks]) if sinks else (None, None)
-        numerator, denominator = chunk_window(q, k, v, window=window, scale=0.7, sink_k=sink[0], sink_v=sink[1])
+        options = {"window": window, "scale": 0.7, "sink_k": sink[0], "sink_v": sink[1]}
+        numerator, denominator, peak = chunk_window(q, k, v, **options)
         assert_same_with_gradients(numerator / denominator, want, [q, k, v])
+        scores = (torch.einsum("nkrid,nkjd->nkrij", q, k) * 0.7).masked_fill(~seen, float("-inf"))
+        mass = scores.logsumexp(-1, keepdim=True)
+        torch.testing.assert_close(weights.sum(-1, keepdim=True).log() + largest, mass, rtol=1e-9, atol=1e-9)
+        assert_same_with_gradients(denominator.log() + peak, mass, [q, k])
 
 
 def test_block_window_mask_counts() -> None:
@@ -163,3 +170,19 @@ def test_block_window_mask_counts() -> None:
     assert mask[140, 63].item() is False and mask[140, 64].item() is True
     assert torch.equal(mask[:141, :141], block_window_mask(141, 64, 0))
     assert block_window_mask(200, 64, 3)[140, :4].tolist() == [True, True, True, False]
+
+
+@pytest.mark.parametrize("decay", ["none", "scalar", "channel"])
+def test_scan_over_many_chunks(decay: str) -> None:
+    """More chunks than one product takes, against the recurrence written out."""
+    x = inputs(4 * 70, decay=decay)
+    update = torch.randn(2, 2, 70, 8, 5, dtype=torch.float64, requires_grad=True)
+    state = torch.randn(2, 2, 8, 5, dtype=torch.float64, requires_grad=True)
+    g = None if x["log_decay"] is None else split_chunks(x["log_decay"], 2, 4).cumsum(3)
+    want = [state]
+    for n in range(70):
+        keep = 1.0 if g is None else g[:, :, n, -1].exp()
+        keep = keep[..., None, None] if decay == "scalar" else keep if g is None else keep[..., None]
+        want.append(want[-1] * keep + update[:, :, n])
+    leaves = [leaf for leaf in (update, state, x["log_decay"]) if leaf is not None]
+    assert_same_with_gradients(scan_chunks(update, g, state), torch.stack(want, dim=2), leaves)
