@@ -19,6 +19,7 @@ ATTENTION = ("q_proj", "k_proj", "v_proj", "o_proj")
 MLP = ("gate_proj", "up_proj", "down_proj")
 OBJECTIVES = ("output", "weights", "hidden")
 BRANCHES = ("mix", "linear", "both")
+OPTIMIZERS = ("adamw", "muon")
 DTYPES = ("auto", "float32", "bfloat16", "float16")
 
 _OUT_OF_REACH = {"output": ("o_proj",), "weights": ("v_proj", "o_proj"), "hidden": ()}
@@ -30,13 +31,26 @@ _TRAINING: dict[str, Reader] = {
     "tokens": count(0, MAX_TOKENS),
     "batch_tokens": count(1, 2**30),
     "lr": _RATE,
+    "mixer_lr": optional(_RATE),
     "warmup": _SHARE,
     "min_lr": _SHARE,
     "clip": number(0, 1e6, above=True),
     "weight_decay": _SHARE,
+    "optimizer": choice(OPTIMIZERS),
 }
 
 Section = TypeVar("Section")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Calibrate:
+    """What is set from the teacher's own attention before any training: gates, scales, shares. No gradients."""
+
+    tokens: int = 32_000
+    """Tokens to read, rounded to whole sequences of `context` (one at least); 0 skips the stage."""
+
+    def __post_init__(self) -> None:
+        _read_fields(self, "calibrate", _CALIBRATE)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -49,6 +63,8 @@ class Align:
     """Tokens of one optimiser step, rounded down to whole sequences of `context` (one at least)."""
     lr: float = 1e-3
     """Peak learning rate."""
+    mixer_lr: float | None = None
+    """Peak learning rate of the mixer's own parameters; None: `lr`."""
     warmup: float = 0.05
     """Share of the steps over which the rate rises from 0 to `lr`."""
     min_lr: float = 0.1
@@ -57,6 +73,8 @@ class Align:
     """Largest norm of the gradient, per layer."""
     weight_decay: float = 0.0
     """Decoupled weight decay."""
+    optimizer: str = "adamw"
+    """adamw | muon (for the matrices of projections; AdamW for the rest)."""
     objective: str = "output"
     """output: normalised MSE of the heads' outputs | weights: cross-entropy of the attention weights | hidden: L2
     behind o_proj."""
@@ -109,6 +127,8 @@ class Finetune:
     """Peak learning rate of the adapters."""
     full_lr: float | None = None
     """Peak learning rate of what `full` names; None: `lr`."""
+    mixer_lr: float | None = None
+    """Peak learning rate of the mixer's own parameters, where `full` names it; None: `full_lr`."""
     warmup: float = 0.05
     """Share of the steps over which the rate rises from 0 to its peak."""
     min_lr: float = 0.1
@@ -117,6 +137,10 @@ class Finetune:
     """Largest norm of the gradient, over all trained parameters."""
     weight_decay: float = 0.0
     """Decoupled weight decay."""
+    optimizer: str = "adamw"
+    """adamw | muon (for the matrices of projections; AdamW for the rest)."""
+    window_dropout: float = 0.0
+    """Probability that a step hides the window in all layers, so that the linear branches carry the model alone."""
     ce: float = 1.0
     """Weight of the cross-entropy on the next token."""
     kl: float = 0.0
@@ -154,7 +178,8 @@ class Recipe:
     mixer: MixerSpec
     """The linear attention that replaces softmax."""
     keep_softmax: str | tuple[int, ...] = "none"
-    """Layers that stay as they are: none | every N (the last of each N layers) | a list of indices from 0."""
+    """Layers that stay as they are: none | every N (the last of each N layers) | auto (a quarter of them, those whose
+    loss costs the model most) | auto N | a list of indices from 0."""
     context: int = 1024
     """Tokens of one training sequence."""
     seed: int = 0
@@ -165,6 +190,8 @@ class Recipe:
     """Type of the exported weights: auto (the teacher's) | float32 | bfloat16 | float16."""
     gradient_checkpointing: bool = False
     """Recompute activations in finetuning: less memory, a third more time."""
+    calibrate: Calibrate = field(default_factory=Calibrate)
+    """Before training."""
     align: Align = field(default_factory=Align)
     """First stage."""
     finetune: Finetune = field(default_factory=Finetune)
@@ -174,6 +201,12 @@ class Recipe:
         _read_fields(self, "", _RECIPE)
         if self.align.window_dropout and not self.mixer.window:
             raise UsageError("align.window_dropout: the mixer has no window to hide (mixer.window is 0)")
+        if self.finetune.window_dropout and not self.mixer.window:
+            raise UsageError("finetune.window_dropout: the mixer has no window to hide (mixer.window is 0)")
+        if self.mixer.write == "none" and (self.align.window_dropout or self.finetune.window_dropout):
+            raise UsageError("window_dropout: without the window this mixer has nothing (mixer.write is none)")
+        if self.mixer.write == "none" and self.align.branch != "mix":
+            raise UsageError("align.branch: the mixer has no linear branch (mixer.write is none)", "Use mix.")
         if self.align.branch != "mix" and not self.mixer.window:
             raise UsageError(f"align.branch: {self.align.branch!r} needs a window (mixer.window is 0)", "Use mix.")
         if self.align.objective == "weights" and self.mixer.normaliser not in ("shared", "own"):
@@ -186,11 +219,15 @@ class Recipe:
     def softmax_layers(self, num_layers: int) -> tuple[int, ...]:
         """Indices, from 0 and rising, of the layers that keep softmax in a model of `num_layers`.
 
+        `auto` is known only once the teacher has been measured; until then as many layers stand in for them, evenly.
+
         Raises:
             UsageError: an index that the model does not have, or an `every N` that keeps nothing.
         """
         if self.keep_softmax == "none":
             return ()
+        if self.automatic:
+            return even_layers(num_layers, self.automatic_keep(num_layers))
         if isinstance(self.keep_softmax, str):
             step = int(self.keep_softmax.split()[1])
             if step > num_layers:
@@ -206,6 +243,23 @@ class Recipe:
                 )
         return self.keep_softmax
 
+    @property
+    def automatic(self) -> bool:
+        """Whether the layers to keep are chosen by measuring the teacher."""
+        return isinstance(self.keep_softmax, str) and self.keep_softmax.startswith("auto")
+
+    def automatic_keep(self, num_layers: int) -> int:
+        """How many layers `auto` keeps: a quarter (one at least), or the number it names.
+
+        Raises:
+            UsageError: no layer would be left to convert.
+        """
+        words = str(self.keep_softmax).split()
+        keep = int(words[1]) if len(words) == 2 else max(1, round(num_layers / 4))
+        if keep >= num_layers:
+            raise UsageError(f"keep_softmax: {self.keep_softmax!r} leaves none of {num_layers} layers to convert")
+        return keep
+
     def as_dict(self) -> dict[str, Any]:
         """Plain nested values (lists, no tuples) that `recipe_from_dict` and a YAML file take back."""
         return _plain(asdict(self))
@@ -214,6 +268,11 @@ class Recipe:
         """SHA-256, in hex, of the canonical JSON of every value: equal for equal recipes however they were written."""
         canonical = json.dumps(self.as_dict(), sort_keys=True, separators=(",", ":"), allow_nan=False)
         return hashlib.sha256(canonical.encode()).hexdigest()
+
+
+def even_layers(num_layers: int, keep: int) -> tuple[int, ...]:
+    """`keep` of `num_layers`, evenly spread, the last of each group: `every k` where k divides them."""
+    return tuple((n + 1) * num_layers // keep - 1 for n in range(keep))
 
 
 def build(cls: type[Section], values: Any, section: str) -> Section:
@@ -273,8 +332,10 @@ def _read_keep(value: Any, where: str) -> str | tuple[int, ...]:
         return "none"
     if isinstance(value, str):
         words = value.split()
-        if words == ["none"]:
-            return "none"
+        if words in (["none"], ["auto"]):
+            return words[0]
+        if len(words) == 2 and words[0] == "auto" and re.fullmatch(r"[1-9]\d{0,3}", words[1]):
+            return f"auto {words[1]}"
         if len(words) == 2 and words[0] == "every" and re.fullmatch(r"[1-9]\d{0,3}", words[1]):
             return f"every {words[1]}"
     if isinstance(value, (list, tuple)):
@@ -283,7 +344,7 @@ def _read_keep(value: Any, where: str) -> str | tuple[int, ...]:
         if len(set(layers)) == len(layers):
             return layers
         raise UsageError(f"{where}: a layer is named twice in {show(list(value))}")
-    raise UsageError(f"{where}: {show(value)} is not one of none, every N, or a list of layers such as [0, 3]")
+    raise UsageError(f"{where}: {show(value)} is not one of none, every N, auto, auto N, or a list such as [0, 3]")
 
 
 def _mixer_reader(name: str, kind: str) -> Reader:
@@ -305,6 +366,7 @@ _ALIGN: dict[str, Reader] = _TRAINING | {
     "window_dropout": _SHARE,
     "train": names(("mixer", *ATTENTION)),
 }
+_CALIBRATE: dict[str, Reader] = {"tokens": count(0, 10**8)}
 _LORA: dict[str, Reader] = {
     "r": whole(1, 4096),
     "alpha": number(0, 1e5, above=True),
@@ -313,6 +375,7 @@ _LORA: dict[str, Reader] = {
 }
 _FINETUNE: dict[str, Reader] = _TRAINING | {
     "full_lr": optional(_RATE),
+    "window_dropout": _SHARE,
     "ce": number(0, 1e3),
     "kl": number(0, 1e3),
     "lora": optional(_instance(Lora)),
@@ -329,11 +392,18 @@ _RECIPE: dict[str, Reader] = {
     "device": _read_device,
     "dtype": choice(DTYPES),
     "gradient_checkpointing": flag,
+    "calibrate": _instance(Calibrate),
     "align": _instance(Align),
     "finetune": _instance(Finetune),
 }
 _MIXER: dict[str, Reader] = {f.name: _mixer_reader(f.name, str(f.type)) for f in fields(MixerSpec)}
-_SECTIONS: dict[str, type] = {"mixer": MixerSpec, "align": Align, "finetune": Finetune, "finetune.lora": Lora}
+_SECTIONS: dict[str, type] = {
+    "mixer": MixerSpec,
+    "calibrate": Calibrate,
+    "align": Align,
+    "finetune": Finetune,
+    "finetune.lora": Lora,
+}
 
 
 @lru_cache(maxsize=1)

@@ -20,7 +20,15 @@ from torch import Tensor, nn
 
 from linearize.convert.capture import TeacherLayer, captured
 from linearize.convert.checkpoint import Checkpoint, Run, pack_state, save, unpack_state
-from linearize.convert.optim import adamw, autocast, clip, derived_uniform, set_learning_rate, trainable
+from linearize.convert.optim import (
+    autocast,
+    clip,
+    derived_uniform,
+    make_optimizer,
+    rate_groups,
+    set_learning_rate,
+    trainable,
+)
 from linearize.convert.stages import RECENT, StageShape, StageState
 from linearize.convert.surgery import trained_names
 from linearize.data import batches
@@ -84,7 +92,7 @@ def student_layer(attention: nn.Module, layer: TeacherLayer, branches: str, *, w
         return mixer.last_output, output, mixer.last_weights if weights else output.new_empty(0)
     finally:
         mixer.branches, mixer.record, mixer.record_weights = "full", False, False
-        mixer.last_output = mixer.last_weights = None
+        mixer.last_output = mixer.last_linear = mixer.last_weights = None
 
 
 def normalised_error(ours: Tensor, theirs: Tensor) -> Tensor:
@@ -101,6 +109,32 @@ def layer_loss(attention: nn.Module, layer: TeacherLayer, branches: str, objecti
     hidden:  mean over tokens of |o - o*|_2 / sqrt(hidden), after o_proj
     """
     heads, output, weights = student_layer(attention, layer, branches, weights=objective == "weights")
+    return _distance(heads, output, weights, layer, objective)
+
+
+def joint_loss(attention: nn.Module, layer: TeacherLayer, objective: str) -> tuple[Tensor, Tensor]:
+    """The losses of the mix and of the linear branch alone, summed, and the mix's error, from one run of the layer.
+
+    For mixers whose linear branch reads the same tokens in the mix as alone.
+    """
+    mixer: Any = attention.mixer
+    mixer.record = True
+    try:
+        kwargs = layer.kwargs | {"attention_mask": None, "past_key_values": None}
+        output = attention(layer.hidden_states, **kwargs)[0]
+        heads, linear = mixer.last_output, mixer.last_linear.to(output.dtype)
+    finally:
+        mixer.record, mixer.last_output, mixer.last_linear = False, None, None
+    projection: Any = attention.o_proj
+    nothing = output.new_empty(0)
+    loss, error = _distance(heads, output, nothing, layer, objective)
+    alone, _ = _distance(linear, projection(linear.flatten(-2)), nothing, layer, objective)
+    return loss + alone, error
+
+
+def _distance(
+    heads: Tensor, output: Tensor, weights: Tensor, layer: TeacherLayer, objective: str
+) -> tuple[Tensor, Tensor]:
     if objective == "hidden":
         distance = (output.float() - layer.output.float()).norm(dim=-1)
         error = normalised_error(output.detach(), layer.output)  # heads need not agree where o_proj may be trained
@@ -139,9 +173,14 @@ def transfer_micro_batch(
         struck = hide(layer.index)
         total: Tensor | None = None
         error: Tensor | None = None
-        for branches in branches_of(align, hidden=struck):
+        todo = branches_of(align, hidden=struck)
+        shared = len(todo) == 2 and align.objective != "weights" and not attention.mixer.spec.lagged  # type: ignore[union-attr]
+        for branches in todo[:1] if shared else todo:
             with torch.enable_grad():
-                loss, branch_error = layer_loss(attention, layer, branches, align.objective)
+                if shared:
+                    loss, branch_error = joint_loss(attention, layer, align.objective)
+                else:
+                    loss, branch_error = layer_loss(attention, layer, branches, align.objective)
                 # Outside autocast: the mixer's own fp32 products must not be differentiated in bf16.
                 with torch.autocast(ids.device.type, enabled=False):
                     (loss * scale).backward()
@@ -187,7 +226,9 @@ def align_layers(
     everything = dict(student.named_parameters())
     parameters = {name: everything[name] for names in members.values() for name in names}
     before = {name: p.detach().clone() for name, p in parameters.items()}
-    optimizer = adamw([(parameters.values(), align.lr)], weight_decay=align.weight_decay)
+    optimizer = make_optimizer(
+        align.optimizer, rate_groups(parameters, align.lr, align.mixer_lr), weight_decay=align.weight_decay
+    )
     state = StageState()
     if start is not None:
         unpack_state(start.tensors(), parameters, optimizer)

@@ -30,6 +30,7 @@ from torch import Tensor, nn
 
 from linearize.artifacts.atomic import atomic_directory, sha256, write_json
 from linearize.convert.early import LOCK, checkpoints, in_use, run_folder, unfinished
+from linearize.convert.optim import AnyOptimizer
 from linearize.errors import RefusedError
 
 STAGES = ("align", "finetune")
@@ -241,7 +242,7 @@ def _read_json(path: Path) -> dict[str, Any] | None:
     return value if isinstance(value, dict) else None
 
 
-def pack_state(parameters: Mapping[str, nn.Parameter], optimizer: torch.optim.Optimizer | None) -> dict[str, Tensor]:
+def pack_state(parameters: Mapping[str, nn.Parameter], optimizer: AnyOptimizer | None) -> dict[str, Tensor]:
     """Parameters and what the optimiser remembers of them, under flat names."""
     tensors: dict[str, Tensor] = {}
     for name, parameter in parameters.items():
@@ -253,7 +254,9 @@ def pack_state(parameters: Mapping[str, nn.Parameter], optimizer: torch.optim.Op
 
 
 def unpack_state(
-    tensors: Mapping[str, Tensor], parameters: Mapping[str, nn.Parameter], optimizer: torch.optim.Optimizer | None
+    tensors: Mapping[str, Tensor],
+    parameters: Mapping[str, nn.Parameter],
+    optimizer: AnyOptimizer | None,
 ) -> None:
     """Put back what `pack_state` took. Every parameter must be there, in its own shape.
 

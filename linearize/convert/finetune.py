@@ -20,7 +20,16 @@ from torch import Tensor, nn
 
 from linearize.convert.checkpoint import Checkpoint, Run, pack_state, save, unpack_state
 from linearize.convert.lora import inject
-from linearize.convert.optim import adamw, autocast, clip, derived_seed, set_learning_rate, trainable
+from linearize.convert.optim import (
+    autocast,
+    clip,
+    derived_seed,
+    derived_uniform,
+    make_optimizer,
+    rate_groups,
+    set_learning_rate,
+    trainable,
+)
 from linearize.convert.stages import RECENT, StageShape, StageState
 from linearize.convert.surgery import trained_names
 from linearize.data import batches
@@ -87,6 +96,18 @@ def backward_losses(
     return sums[0], sums[1]
 
 
+@torch.no_grad()
+def mean_loss(model: Any, ids: Tensor) -> float:
+    """Cross-entropy in nats per token over ids [B, T], a window at a time."""
+    total = 0.0
+    for row in ids.split(1):
+        with autocast(ids.device):
+            hidden = model.model(input_ids=row, use_cache=False).last_hidden_state[0]
+            logits = model.lm_head(hidden)
+        total += float(nnf.cross_entropy(logits[:-1].float(), row[0, 1:]))
+    return total / len(ids)
+
+
 @dataclass(frozen=True, kw_only=True)
 class Trained:
     """What finetuning trains."""
@@ -141,6 +162,25 @@ def training_mode(student: Any, *, checkpointing: bool) -> Iterator[None]:
         student.eval()
 
 
+@contextmanager
+def hidden_window(student: Any, finetune: Finetune, *, seed: int, step: int) -> Iterator[bool]:
+    """Run a step without any layer's window, with the probability of `window_dropout`; whether it does.
+
+    All layers at once: the linear branches then have to carry the model together, as they do when audited alone. A
+    function of seed and step alone.
+    """
+    from linearize.modeling.modeling_linearized import set_branches
+
+    struck = finetune.window_dropout > 0 and derived_uniform(seed, "no window", step) < finetune.window_dropout
+    if struck:
+        set_branches(student, "linear")
+    try:
+        yield struck
+    finally:
+        if struck:
+            set_branches(student, "full")
+
+
 def finetune_model(
     student: Any,
     teacher: Any,
@@ -168,8 +208,9 @@ def finetune_model(
         KeyboardInterrupt: after saving, when a signal asked for it.
     """
     parameters = trained.parameters
-    groups = [(trained.full.values(), finetune.full_lr or finetune.lr), (trained.adapters.values(), finetune.lr)]
-    optimizer = adamw(groups, weight_decay=finetune.weight_decay)
+    groups = rate_groups(trained.full, finetune.full_lr or finetune.lr, finetune.mixer_lr)
+    groups.append((trained.adapters, finetune.lr))
+    optimizer = make_optimizer(finetune.optimizer, groups, weight_decay=finetune.weight_decay)
     before = {name: p.detach().clone() for name, p in parameters.items()}
     stored = keep | parameters
     state = StageState(extra=dict(carried))
@@ -188,13 +229,9 @@ def finetune_model(
             sums = []
             for number, (part, part_labels) in enumerate(zip(ids.split(micro), labels.split(micro), strict=True)):
                 torch.manual_seed(derived_seed(seed, "dropout", step, number))
-                sums.append(
-                    torch.stack(
-                        backward_losses(
-                            student, teacher, part, part_labels, ce=finetune.ce, kl=finetune.kl, scale=1.0 / tokens
-                        )
-                    )
-                )
+                with hidden_window(student, finetune, seed=seed, step=step):
+                    weights = {"ce": finetune.ce, "kl": finetune.kl, "scale": 1.0 / tokens}
+                    sums.append(torch.stack(backward_losses(student, teacher, part, part_labels, **weights)))
             norm = clip(parameters.values(), finetune.clip)
             ce_mean, kl_mean, size = [*(torch.stack(sums).sum(0) / tokens).tolist(), float(norm)]
             _take_in(state, ce_mean, kl_mean, finetune, size, parameters, step)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import math
 import os
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any
 
@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from torch.utils import deterministic as torch_deterministic
 
 BETAS = (0.9, 0.95)
+MOMENTUM = 0.95
 CUBLAS = "CUBLAS_WORKSPACE_CONFIG"
 
 
@@ -55,7 +56,75 @@ def adamw(groups: Sequence[tuple[Iterable[nn.Parameter], float]], *, weight_deca
     return torch.optim.AdamW(entries, betas=BETAS, weight_decay=0.0)
 
 
-def set_learning_rate(optimizer: torch.optim.Optimizer, step: int, *, steps: int, warmup: float, min_lr: float) -> None:
+class Optimizers:
+    """Several optimisers that share out the parameters, handled as one."""
+
+    def __init__(self, *members: torch.optim.Optimizer) -> None:
+        self.members = members
+
+    @property
+    def param_groups(self) -> list[dict[str, Any]]:
+        """The groups of all members."""
+        return [group for member in self.members for group in member.param_groups]
+
+    @property
+    def state(self) -> dict[nn.Parameter, dict[str, Any]]:
+        """What each parameter's own optimiser remembers of it; the inner dictionaries are the members'."""
+        return {p: m.state[p] for m in self.members for group in m.param_groups for p in group["params"]}
+
+    def step(self) -> None:
+        """One step of each."""
+        for member in self.members:
+            member.step()
+
+    def zero_grad(self, set_to_none: bool = True) -> None:
+        """Forget all gradients."""
+        for member in self.members:
+            member.zero_grad(set_to_none=set_to_none)
+
+
+AnyOptimizer = torch.optim.Optimizer | Optimizers
+"""What a stage steps with."""
+
+
+def rate_groups(
+    parameters: Mapping[str, nn.Parameter], lr: float, mixer_lr: float | None
+) -> list[tuple[Mapping[str, nn.Parameter], float]]:
+    """(parameters by name, peak lr): the mixers' own parameters apart, if they have a rate of their own."""
+    if mixer_lr is None:
+        return [(parameters, lr)]
+    own = {name: p for name, p in parameters.items() if "mixer" in name.split(".")}
+    return [({name: p for name, p in parameters.items() if name not in own}, lr), (own, mixer_lr)]
+
+
+def make_optimizer(
+    kind: str, groups: Sequence[tuple[Mapping[str, nn.Parameter], float]], *, weight_decay: float
+) -> AnyOptimizer:
+    """The optimiser of a stage over (parameters by name, peak lr) groups.
+
+    `adamw` is AdamW for everything. `muon` is Muon (momentum, orthogonalised; Jordan 2024) for the matrices of
+    projections, with steps as large as AdamW's would be (arXiv 2502.16982, eq. 4), and AdamW for the rest: gates, maps,
+    scales and adapters.
+    """
+    if kind == "adamw":
+        return adamw([(members.values(), lr) for members, lr in groups], weight_decay=weight_decay)
+    matrices, rest = [], []
+    for members, lr in groups:
+        wide = [p for name, p in members.items() if p.ndim == 2 and name.split(".")[-2].endswith("_proj")]
+        if wide:
+            matrices.append({"params": wide, "lr": lr, "peak": lr, "weight_decay": weight_decay})
+        chosen = {id(p) for p in wide}
+        rest.append(([p for p in members.values() if id(p) not in chosen], lr))
+    others = [(members, lr) for members, lr in rest if members]
+    made: list[torch.optim.Optimizer] = []
+    if matrices:
+        made.append(torch.optim.Muon(matrices, weight_decay=0.0, momentum=MOMENTUM, adjust_lr_fn="match_rms_adamw"))
+    if others:
+        made.append(adamw(others, weight_decay=weight_decay))
+    return Optimizers(*made)
+
+
+def set_learning_rate(optimizer: AnyOptimizer, step: int, *, steps: int, warmup: float, min_lr: float) -> None:
     """Give every group its rate for step `step` (from 0) of `steps`."""
     for group in optimizer.param_groups:
         group["lr"] = learning_rate(step, steps=steps, lr=group["peak"], warmup=warmup, min_lr=min_lr)
@@ -91,6 +160,17 @@ def autocast(device: torch.device) -> AbstractContextManager[object]:
     if device.type != "cuda":
         return nullcontext()
     return torch.autocast("cuda", dtype=torch.bfloat16, cache_enabled=False)
+
+
+@contextmanager
+def fast_products() -> Iterator[None]:
+    """fp32 matrix products in TF32 within the block, where the GPU has it: training's own noise is far larger."""
+    before = torch.get_float32_matmul_precision()
+    torch.set_float32_matmul_precision("high")
+    try:
+        yield
+    finally:
+        torch.set_float32_matmul_precision(before)
 
 
 @contextmanager

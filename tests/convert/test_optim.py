@@ -16,6 +16,7 @@ from linearize.convert.optim import (
     derived_uniform,
     deterministic,
     learning_rate,
+    make_optimizer,
     set_learning_rate,
 )
 from linearize.convert.stages import stage_shape
@@ -45,6 +46,31 @@ def test_groups() -> None:
     assert all(g["betas"] == (0.9, 0.95) for g in optimizer.param_groups)
     set_learning_rate(optimizer, 9, steps=10, warmup=0.0, min_lr=0.1)
     assert [g["lr"] for g in optimizer.param_groups] == pytest.approx([0.05, 0.05, 0.01])
+
+
+def test_muon_takes_projections_and_adamw_the_rest() -> None:
+    class Block(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.q_proj, self.gate = nn.Linear(6, 4), nn.Linear(6, 4, bias=False)
+
+    torch.manual_seed(0)
+    block = Block()
+    named = {f"layers.0.{name}": p for name, p in block.named_parameters()}
+    optimizer = make_optimizer("muon", [(named, 0.1)], weight_decay=0.0)
+    before = {name: p.detach().clone() for name, p in named.items()}
+    (block.q_proj(torch.randn(8, 6)).square().sum() + block.gate(torch.randn(8, 6)).square().sum()).backward()
+    optimizer.step()
+    matrix = named["layers.0.q_proj.weight"]
+    assert set(optimizer.state[matrix]) == {"momentum_buffer"}
+    assert {"exp_avg", "step"} <= set(optimizer.state[named["layers.0.gate.weight"]])
+    assert {"exp_avg", "step"} <= set(optimizer.state[named["layers.0.q_proj.bias"]])
+    moved = torch.linalg.svdvals((matrix - before["layers.0.q_proj.weight"]).detach())
+    assert moved.min() > 0.3 * moved.max()  # orthogonalised: no direction is left behind
+    set_learning_rate(optimizer, 9, steps=10, warmup=0.0, min_lr=0.1)
+    assert [g["lr"] for g in optimizer.param_groups] == pytest.approx([0.01] * 3)
+    optimizer.zero_grad()
+    assert matrix.grad is None
 
 
 def test_clip() -> None:
