@@ -8,10 +8,11 @@ Everything random is derived from the recipe's seed and a step number, so a resu
 from __future__ import annotations
 
 import gc
+import math
 import os
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -21,13 +22,16 @@ from linearize.artifacts.atomic import atomic_directory, require_empty
 from linearize.artifacts.load import load_model, no_bars, select_device
 from linearize.convert import checkpoint, export
 from linearize.convert.align import align_layers, aligned_names
+from linearize.convert.calibrate import calibrate
 from linearize.convert.checkpoint import Checkpoint, Run, open_run
 from linearize.convert.early import require_out
-from linearize.convert.finetune import Trained, finetune_model, kept_names, prepare
+from linearize.convert.finetune import Trained, finetune_model, kept_names, mean_loss, prepare
 from linearize.convert.inputs import Inputs, gather, identity_of
-from linearize.convert.optim import deterministic
+from linearize.convert.optim import deterministic, fast_products
+from linearize.convert.plan import Layout
 from linearize.convert.preflight import preflight
 from linearize.convert.report import card_facts, make_report, provenance
+from linearize.convert.select import choose_layers
 from linearize.convert.stages import StageState, shown, timed
 from linearize.convert.surgery import SurgeryReport, linearize_model, trained_names
 from linearize.convert.verify import expect, verify_export
@@ -35,6 +39,8 @@ from linearize.errors import VerificationError
 from linearize.progress import NullProgress, Progress
 from linearize.recipe import Recipe, load_recipe
 
+CALIBRATION_CHECK = 4
+"""Windows on which the perplexity before training is taken, with and without calibration."""
 PROBE = 256
 """Most tokens of a row of the windows on which merge and reload are compared."""
 
@@ -83,17 +89,25 @@ def _convert(
     with timed(seconds, "load"):
         teacher = load_model(inputs.folder, device=inputs.device, dtype=torch.float32, finite=False)  # it was checked
         teacher.requires_grad_(False)
+    noted = checkpoint.record(run) if start is not None else {}
+    if inputs.recipe.automatic:
+        with timed(seconds, "select"):
+            inputs = _choose(inputs, teacher, noted.get("kept"), watch)
+    with timed(seconds, "surgery"):
         student, surgery = _operate(inputs, teacher)
     for shape in inputs.shapes:
         if shape.skipped:
             watch.message(f"{shape.name} is skipped: {shape.skipped}")
     with timed(seconds, "preflight"):
-        micro = checkpoint.record(run).get("micro") if start is not None else None
+        micro = noted.get("micro")
         if micro is None:
             micro = preflight(inputs, student, teacher)
-        checkpoint.write_record(run, identity | {"micro": micro})
+        checkpoint.write_record(run, identity | {"micro": micro, "kept": inputs.layout.kept})
+    with timed(seconds, "calibrate"):
+        calibration = _calibrate(inputs, student, teacher, watch)
     try:
-        aligned, finetuned, trained = _train(inputs, run, start, micro, student, teacher, watch)
+        with fast_products():
+            aligned, finetuned, trained = _train(inputs, run, start, micro, student, teacher, watch)
     except VerificationError:
         run.discard = True
         raise
@@ -104,6 +118,7 @@ def _convert(
     with timed(seconds, "merge"):
         errors = export.merge(student, ids, inputs.dtype)
     report = make_report(inputs, student, surgery, trained, aligned, finetuned, errors, seconds)
+    report["calibration"] = calibration
     with atomic_directory(inputs.out) as folder:
         with timed(seconds, "export"):
             export.write_export(folder, student, teacher_folder=inputs.folder, facts=card_facts(inputs, report))
@@ -126,6 +141,30 @@ def _operate(inputs: Inputs, teacher: Any) -> tuple[Any, SurgeryReport]:
     return linearize_model(
         teacher, spec=recipe.mixer, layer_mixers=layout.mixers, seed=recipe.seed, own=owned.__contains__
     )
+
+
+def _choose(inputs: Inputs, teacher: Any, kept: list[int] | None, watch: Progress) -> Inputs:
+    """Settle which layers `keep_softmax: auto` keeps; `kept`: what an interrupted run had settled."""
+    recipe = inputs.recipe
+    if kept is None:
+        keep = recipe.automatic_keep(inputs.layout.config.num_hidden_layers)
+        kept = list(choose_layers(teacher, inputs.windows, recipe, keep=keep, progress=watch))
+    watch.message(f"keeping softmax in layers {', '.join(map(str, kept))}")
+    recipe = replace(recipe, keep_softmax=tuple(kept))
+    layout = Layout.of(teacher.config, recipe)
+    return replace(inputs, recipe=recipe, layout=layout, sizes=layout.sizes())
+
+
+def _calibrate(inputs: Inputs, student: Any, teacher: Any, watch: Progress) -> dict[str, Any] | None:
+    """Set what needs no training; None where the recipe skips it. A resumed run does it again, to the same values."""
+    tokens = inputs.recipe.calibrate.tokens
+    if not tokens or not inputs.layout.linear:
+        return None
+    ids = torch.from_numpy(inputs.windows[-CALIBRATION_CHECK:]).to(inputs.device).long()
+    before = mean_loss(student, ids)
+    rows = calibrate(student, teacher, windows=inputs.windows, tokens=tokens, seed=inputs.recipe.seed, progress=watch)
+    losses = {"ppl_teacher": mean_loss(teacher, ids), "ppl_before": before, "ppl_after": mean_loss(student, ids)}
+    return {"tokens": tokens, "layers": rows} | {name: math.exp(min(loss, 700.0)) for name, loss in losses.items()}
 
 
 def _train(

@@ -167,6 +167,7 @@ class Layout:
         self.recipe, self.notes = recipe, notes
         layers = config.num_hidden_layers
         self.mixers = mixer_plan(layers, recipe.softmax_layers(layers))
+        self.kept = [i for i, kind in enumerate(self.mixers) if kind != LINEAR]
         self.linear = [i for i, kind in enumerate(self.mixers) if kind == LINEAR]
         self.config = student_config(config, spec=recipe.mixer, layer_mixers=self.mixers)
         self.student = empty_student(self.config)
