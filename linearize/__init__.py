@@ -6,6 +6,7 @@
     model, tokenizer = linearize.load("out")
     linearize.evaluate("out", data="demo", against="demo")
     linearize.audit("out", against="demo", data="demo")
+    linearize.recall("out", against="demo", data="demo")
 
 Importing this package is light (neither torch nor transformers) and lets transformers' Auto classes load converted
 models; see `registration`.
@@ -21,7 +22,7 @@ from typing import Any
 from linearize._version import __version__
 from linearize.registration import register_when_needed
 
-__all__ = ["__version__", "audit", "convert", "evaluate", "load"]
+__all__ = ["__version__", "audit", "convert", "evaluate", "load", "recall", "select"]
 
 _ROOMS = ("convert", "evaluate")
 """Functions of the API that share their name with the subpackage behind them."""
@@ -54,7 +55,7 @@ class _Package(ModuleType):
 def __getattr__(name: str) -> Any:
     if name in _ROOMS:
         return importlib.import_module(f"linearize.{name}")
-    if name in ("load", "audit"):
+    if name in ("load", "audit", "recall", "select"):
         return getattr(importlib.import_module("linearize.api"), name)
     raise AttributeError(f"module 'linearize' has no attribute {name!r}")
 

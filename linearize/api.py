@@ -1,4 +1,4 @@
-"""The Python API, behind `linearize.convert`, `.load`, `.evaluate` and `.audit`. Heavy imports wait for the call."""
+"""The Python API: `linearize.convert`, `load`, `evaluate`, `audit`, `recall` and `select`. Heavy imports wait."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ def convert(
     model: PathLike,
     out: PathLike,
     *,
-    recipe: PathLike | Recipe = "lolcats",
+    recipe: PathLike | Recipe = "pure",
     data: str,
     overrides: Sequence[str] | Mapping[str, Any] = (),
     resume: bool = False,
@@ -142,6 +142,103 @@ def audit(
     from linearize.evaluate.recovery import audit as run
 
     return run(out, against=against, data=data, context=context, device=device, dtype=dtype, max_windows=max_windows)
+
+
+def recall(
+    out: Subject,
+    *,
+    against: Subject,
+    data: str,
+    context: int | None = None,
+    device: str = "auto",
+    dtype: str = "auto",
+    queries: int = 64,
+    distances: Sequence[int] | None = None,
+    seed: int = 0,
+) -> dict[str, Any]:
+    """What a converted model remembers from beyond its window, as a share of what its teacher does.
+
+    Args:
+        out: the converted model: a folder, a Hub id, or what `load` returned.
+        against: its teacher, likewise.
+        data: a text file or folder, a Hub data set id, or `demo` (its held-out part); the pages are made of it.
+        context: the most tokens of a page; None: the model's own, at most 1024.
+        device: auto | cpu | cuda | cuda:N.
+        dtype: auto (as stored on a GPU, float32 on a CPU) | float32 | bfloat16 | float16.
+        queries: of pairs and of passkeys at each distance.
+        distances: tokens from a value to its query; None: 2.5, 5 and 10 windows, as far as the context allows.
+        seed: of the pages.
+
+    Returns:
+        share (percent), tasks, cells, notes and more; see `linearize.evaluate.recall.recall`.
+
+    Raises:
+        UsageError: bad input, such as a distance that the window reaches. RefusedError: too little text or context.
+    """
+    from linearize.evaluate.recall import recall as run
+
+    return run(
+        out,
+        against=against,
+        data=data,
+        context=context,
+        device=device,
+        dtype=dtype,
+        queries=queries,
+        distances=distances,
+        seed=seed,
+    )
+
+
+def select(
+    model: PathLike,
+    *,
+    data: str,
+    keep: int,
+    recipe: PathLike | Recipe = "pure",
+    overrides: Sequence[str] | Mapping[str, Any] = (),
+    method: str | None = None,
+    align_tokens: int = 256_000,
+    max_windows: int = 32,
+    progress: Progress | None = None,
+) -> dict[str, Any]:
+    """Rank a teacher's layers by what it loses when one is swapped, and choose `keep` of them to stay softmax.
+
+    Args:
+        model: a folder, a Hub id, or `demo`.
+        data: a text file or folder, a Hub data set id, or `demo`.
+        recipe: a name, a YAML file, or a `Recipe`: its window, mixer, context, alignment, seed and device count.
+        overrides: `["context=512"]` or `{"context": 512}`.
+        method: `aligned` | `window` (nothing is trained); None: aligned, unless the recipe has nothing to align.
+        align_tokens: most tokens of the short alignment.
+        max_windows: most windows of the recipe's context on which a swap is measured.
+        progress: where to report to; None: nowhere.
+
+    Returns:
+        chosen, uniform, override, ranking, layers and placements; see `linearize.convert.select.select`.
+
+    Raises:
+        UsageError: bad input. RefusedError: too little text. VerificationError: the alignment died.
+    """
+    plan = load_recipe(recipe, overrides)
+    from linearize.artifacts.load import resolve
+    from linearize.convert.families import require_family
+    from linearize.data import require_place
+
+    require_place(data)  # before torch and transformers, which take seconds to import
+    require_family(resolve(os.fspath(model)))
+    from linearize.convert.select import select as run
+
+    return run(
+        os.fspath(model),
+        data=data,
+        keep=keep,
+        recipe=plan,
+        method=method,
+        align_tokens=align_tokens,
+        max_windows=max_windows,
+        progress=progress,
+    )
 
 
 def generate(

@@ -12,6 +12,8 @@ from collections.abc import Sequence
 
 import typer
 
+import linearize_cli.recall
+import linearize_cli.select  # noqa: F401 - these register their commands
 from linearize.errors import LinearizeError
 from linearize_cli.commands import app
 from linearize_cli.output import fail, say

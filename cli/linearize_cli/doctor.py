@@ -11,7 +11,7 @@ from linearize.errors import VerificationError
 
 REQUIRED = ("torch", "transformers", "peft", "accelerate", "safetensors", "numpy", "typer", "rich", "pyyaml")
 OPTIONAL = ("triton", "datasets", "lm-eval")
-SELF_TEST_RECIPES = ("lolcats", "liger-gla", "gated-deltanet")
+SELF_TEST_RECIPES = ("pure", "lolcats", "liger-gla", "gated-deltanet")
 """One recipe for each kind of recurrence: with a window and a shared denominator, gated by its keys, delta rule."""
 
 PREFILL, DECODE = 130, 12

@@ -14,11 +14,13 @@ from linearize.errors import UsageError
 from linearize.modeling.mixer_spec import AXES, MixerSpec
 from linearize.recipe import (
     Align,
+    Calibrate,
     Finetune,
     Lora,
     Recipe,
     list_recipes,
     load_recipe,
+    measured,
     recipe_from_dict,
     recipe_path,
 )
@@ -27,22 +29,25 @@ SHIPPED = [
     "based",
     "gated-deltanet",
     "hedgehog",
+    "hybrid",
     "liger-gla",
     "liger-hgrn2",
     "lolcats",
     "lolcats-hybrid",
     "mamba2",
+    "pure",
     "retention",
+    "sliding-window",
     "t2r",
 ]
-SECTIONS = {"mixer": MixerSpec, "align": Align, "finetune": Finetune}
+SECTIONS = {"mixer": MixerSpec, "calibrate": Calibrate, "align": Align, "finetune": Finetune}
 
 
 def values(name: str = "lolcats") -> dict:
     return load_recipe(name).as_dict()
 
 
-def test_the_ten_recipes_ship() -> None:
+def test_the_recipes_ship() -> None:
     assert list_recipes() == SHIPPED
 
 
@@ -53,7 +58,7 @@ def test_shipped_recipe(name: str) -> None:
     assert recipe.name == name
     assert recipe.paper.startswith("arXiv:")
     assert recipe.summary
-    assert recipe.align.tokens + recipe.finetune.tokens <= 10_600_000
+    assert recipe.align.tokens + recipe.finetune.tokens <= 12_000_000
     header = recipe_path(name).read_text(encoding="utf-8").split("\n\n")[0]
     assert f"linearize convert MODEL OUT --recipe {name} --data DATA" in header
     for paper in recipe.paper.split(", "):
@@ -94,6 +99,9 @@ def test_the_papers_mixers() -> None:
         "liger-hgrn2": {"decay": "key", "decay_power": 1.0, "key_map": "forget", "mix": "sum"},
         "retention": {"decay": "fixed", "normaliser": "norm", "window": 0},
         "mamba2": {"decay": "scalar", "dt_gain": True, "window": 0},
+        "pure": {"feature_map": "hedgehog_exp", "normaliser": "own", "mix": "mass", "coverage": "all", "sinks": 4},
+        "hybrid": {"feature_map": "hedgehog_exp", "normaliser": "own", "mix": "mass", "state_heads": "kv"},
+        "sliding-window": {"write": "none", "window": 64, "sinks": 4},
         "gated-deltanet": {"decay": "scalar", "write": "delta", "feature_map": "l2norm", "window": 0},
     }
     for name, axes in expected.items():
@@ -138,6 +146,8 @@ def test_a_recipe_survives_its_own_dict_and_yaml(name: str, tmp_path: Path) -> N
         ('keep_softmax="every 4"', lambda r: r.keep_softmax, "every 4"),
         ("keep_softmax=every 2", lambda r: r.keep_softmax, "every 2"),
         ("keep_softmax=none", lambda r: r.keep_softmax, "none"),
+        ("keep_softmax=auto", lambda r: r.keep_softmax, "auto"),
+        ("keep_softmax=' auto   3 '", lambda r: r.keep_softmax, "auto 3"),
         ("keep_softmax=[]", lambda r: r.keep_softmax, "none"),
         ("device=cuda:1", lambda r: r.device, "cuda:1"),
         ("dtype=bfloat16", lambda r: r.dtype, "bfloat16"),
@@ -145,6 +155,12 @@ def test_a_recipe_survives_its_own_dict_and_yaml(name: str, tmp_path: Path) -> N
         ("finetune.lora.r=16", lambda r: r.finetune.lora.r, 16),
         ("mixer.window=32", lambda r: r.mixer.window, 32),
         ("finetune.full_lr=null", lambda r: r.finetune.full_lr, None),
+        ("finetune.mixer_lr=3e-3", lambda r: r.finetune.mixer_lr, 3e-3),
+        ("align.mixer_lr=null", lambda r: r.align.mixer_lr, None),
+        ("align.optimizer=muon", lambda r: r.align.optimizer, "muon"),
+        ("finetune.window_dropout=1", lambda r: r.finetune.window_dropout, 1.0),
+        ("calibrate.tokens=32k", lambda r: r.calibrate.tokens, 32_000),
+        ("calibrate.tokens=0", lambda r: r.calibrate.tokens, 0),
     ],
 )
 def test_overrides(override: str, get, expected) -> None:
@@ -225,7 +241,18 @@ def test_a_section_that_is_off_comes_back_by_override(tmp_path: Path) -> None:
         ("dtype=int8", ["dtype", "bfloat16"]),
         ("keep_softmax=every 0", ["keep_softmax"]),
         ("keep_softmax=every four", ["keep_softmax"]),
-        ("keep_softmax=4", ["keep_softmax", "every N"]),
+        ("keep_softmax=4", ["keep_softmax", "every N", "auto N"]),
+        ("keep_softmax=auto 0", ["keep_softmax"]),
+        ("keep_softmax=auto 1 2", ["keep_softmax"]),
+        ("keep_softmax=auto -1", ["keep_softmax"]),
+        ("keep_softmax=autos", ["keep_softmax"]),
+        ("calibrate.tokens=-1", ["calibrate.tokens"]),
+        ("calibrate.token=5", ["calibrate.token", "'tokens'"]),
+        ("calibrate=null", ["calibrate", "section"]),
+        ("align.optimizer=sgd", ["align.optimizer", "muon"]),
+        ("finetune.optimizer=null", ["finetune.optimizer", "adamw"]),
+        ("align.mixer_lr=0", ["align.mixer_lr", "above 0"]),
+        ("finetune.window_dropout=1.1", ["finetune.window_dropout"]),
         ("keep_softmax=true", ["keep_softmax"]),
         ("keep_softmax=[1, 1]", ["keep_softmax", "twice"]),
         ("keep_softmax=[-1]", ["keep_softmax"]),
@@ -262,9 +289,35 @@ def test_weights_objective_needs_weights() -> None:
 
 
 def test_window_options_need_a_window() -> None:
-    for override in ("align.window_dropout=0.5", "align.branch=linear"):
+    for override in ("align.window_dropout=0.5", "finetune.window_dropout=0.5", "align.branch=linear"):
         with pytest.raises(UsageError, match=r"mixer\.window is 0"):
             load_recipe("hedgehog", [override])
+
+
+def test_a_mixer_without_a_linear_branch_has_nothing_else_to_set() -> None:
+    spec = load_recipe("sliding-window").mixer
+    assert (spec.write, spec.window) == ("none", 64)
+    for override, says in {
+        "align.branch=both": "no linear branch",
+        "align.branch=linear": "no linear branch",
+        "align.window_dropout=0.5": "without the window this mixer has nothing",
+        "finetune.window_dropout=0.5": "without the window this mixer has nothing",
+        "mixer.feature_map=linear": r"mixer\.feature_map: write 'none' .* use identity",
+        "mixer.decay=scalar": r"mixer\.decay: write 'none' .* use none",
+        "mixer.normaliser=norm": r"mixer\.normaliser: write 'none' .* use none",
+        "mixer.mix=gate": r"mixer\.mix: write 'none' .* use sum",
+        "mixer.coverage=outside": r"mixer\.coverage: write 'none' .* use all",
+        "mixer.own_qk=true": r"mixer\.own_qk: write 'none'",
+    }.items():
+        with pytest.raises(UsageError, match=says):
+            load_recipe("sliding-window", [override])
+    with pytest.raises(UsageError, match=r"mixer\.write: 'none' needs a window"):
+        load_recipe("sliding-window", ["mixer.window=0", "mixer.sinks=0"])
+
+
+def test_projections_of_its_own_need_keys_that_stay() -> None:
+    with pytest.raises(UsageError, match=r"mixer\.own_qk: .* use coverage all"):
+        load_recipe("lolcats", ["mixer.own_qk=true"])
 
 
 def test_direct_construction_is_as_strict() -> None:
@@ -308,6 +361,51 @@ def test_softmax_layers() -> None:
         kept("every 4", 3)
 
 
+def test_auto_is_a_number_of_layers_until_the_teacher_is_measured() -> None:
+    def with_keep(keep: str) -> Recipe:
+        return dataclasses.replace(load_recipe("lolcats"), keep_softmax=keep)
+
+    auto = with_keep("auto")
+    assert auto.automatic and not with_keep("every 4").automatic and not with_keep("none").automatic
+    assert not with_keep([1, 2]).automatic
+    assert {n: auto.automatic_keep(n) for n in (2, 3, 4, 7, 8, 22, 32)} == {2: 1, 3: 1, 4: 1, 7: 2, 8: 2, 22: 6, 32: 8}
+    assert with_keep("auto 3").automatic_keep(8) == with_keep("auto 3").automatic_keep(4) == 3
+    for keep, layers in (("auto", 1), ("auto 3", 3), ("auto 9", 8)):
+        with pytest.raises(UsageError, match=f"keep_softmax: '{keep}' leaves none of {layers} layers to convert"):
+            with_keep(keep).softmax_layers(layers)
+    # As many stand in for them, evenly: what `every N` keeps, where N divides the layers.
+    assert auto.softmax_layers(8) == with_keep("every 4").softmax_layers(8) == (3, 7)
+    assert with_keep("auto 4").softmax_layers(8) == with_keep("every 2").softmax_layers(8)
+    assert with_keep("auto 3").softmax_layers(8) == (1, 4, 7)
+    for keep in ("auto", "auto 3"):
+        assert recipe_from_dict(with_keep(keep).as_dict()).keep_softmax == keep
+
+
+def test_measured_figures_are_read_from_the_header(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("linearize.recipe._folder", lambda: tmp_path)
+    line = "# Measured: R 16.3 %; state 2.3 MB; teacher llama-25m; tokens 10.0M; date 2026-11-22; on H200, torch 2.11"
+    found = {
+        "R": "16.3 %",
+        "state": "2.3 MB",
+        "teacher": "llama-25m",
+        "tokens": "10.0M",
+        "date": "2026-11-22",
+        "on": "H200, torch 2.11",
+    }
+    more = "\n#   Measured: seeds 3;"
+    for text, expected in {
+        f"# A recipe.\n{line}\n\nname: x\n": found,
+        f"# A recipe.\n{line}{more}\nname: x\n": found | {"seeds": "3"},
+        "# Measured by nobody.\n# Run: R 5 %\nname: x\n": {},
+        f"name: x\n{line}\n": {},  # below the header
+        "": {},
+    }.items():
+        (tmp_path / "x.yaml").write_text(text, encoding="utf-8")
+        assert measured("x") == expected, text
+    with pytest.raises(UsageError, match="no recipe of that name"):
+        measured("y")
+
+
 def test_digest_depends_on_values_alone() -> None:
     base = load_recipe("lolcats")
     assert load_recipe("lolcats", ["align.tokens=4000000", "align.lr=0.01", "context=1024"]).digest() == base.digest()
@@ -335,6 +433,7 @@ def test_digest_depends_on_values_alone() -> None:
             "align.train",
             "finetune.lora",
             "finetune.lora.targets",
+            "calibrate",
             "keep_softmax",
             "device",
             "name",
