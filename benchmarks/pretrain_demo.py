@@ -21,7 +21,7 @@ import os
 import platform
 import time
 import tokenize
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -59,7 +59,7 @@ class Log:
             file.write(line + "\n")
 
 
-def train_tokenizer(texts: list[str], vocab_size: int) -> PreTrainedTokenizerFast:
+def train_tokenizer(texts: list[str], vocab_size: int, context: int = CONTEXT) -> PreTrainedTokenizerFast:
     """Byte-level BPE: every byte is a token, so any text survives encode and decode unchanged."""
     core = Tokenizer(models.BPE())
     core.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
@@ -77,7 +77,7 @@ def train_tokenizer(texts: list[str], vocab_size: int) -> PreTrainedTokenizerFas
         eos_token=EOS,
         pad_token=PAD,
         padding_side="left",
-        model_max_length=CONTEXT,
+        model_max_length=context,
         clean_up_tokenization_spaces=False,
     )
 
@@ -137,25 +137,31 @@ def split_documents(tokens: Any, split: str) -> list[np.ndarray]:
     return np.split(tokens[f"{split}_ids"], np.cumsum(tokens[f"{split}_lengths"])[:-1])
 
 
-def training_batches(docs: list[np.ndarray], batch: int, bos: int, eos: int, seed: int) -> Iterator[np.ndarray]:
-    """Endless batches int64 [batch, CONTEXT + 1]; each epoch shuffles the documents and cuts new windows."""
+def training_batches(
+    docs: list[np.ndarray], batch: int, context: int, seed: int, mark: Callable[..., list[np.ndarray]]
+) -> Iterator[np.ndarray]:
+    """Endless batches int64 [batch, context + 1]; each epoch shuffles the documents and cuts new windows.
+
+    `mark(document, rng)` gives the pieces that stand for a document in the stream: itself and what marks its ends.
+    """
     rng = np.random.default_rng(seed)
-    left = np.empty((0, CONTEXT + 1), dtype=np.uint16)
+    left = np.empty((0, context + 1), dtype=np.uint16)
     while True:
-        pieces: list[np.ndarray] = []
-        for index in rng.permutation(len(docs)):
-            # Half of the documents start without BOS: users pack text both ways, and both must look familiar.
-            if rng.random() < 0.5:
-                pieces.append(np.array([bos], dtype=np.uint16))
-            pieces += [docs[index], np.array([eos], dtype=np.uint16)]
+        pieces = [piece for index in rng.permutation(len(docs)) for piece in mark(docs[index], rng)]
         stream = np.concatenate(pieces)
-        stream = stream[rng.integers(CONTEXT) :]
-        count = len(stream) // (CONTEXT + 1)
-        windows = stream[: count * (CONTEXT + 1)].reshape(count, CONTEXT + 1)
+        stream = stream[rng.integers(context) :]
+        count = len(stream) // (context + 1)
+        windows = stream[: count * (context + 1)].reshape(count, context + 1)
         left = np.concatenate([left, windows[rng.permutation(count)]])
         while len(left) >= batch:
             yield left[:batch].astype(np.int64)
             left = left[batch:]
+
+
+def bos_at_random(config: LlamaConfig) -> Callable[..., list[np.ndarray]]:
+    """EOS after each document, BOS before half: users pack text both ways, and both must look familiar."""
+    bos, eos = (np.array([token], dtype=np.uint16) for token in (config.bos_token_id, config.eos_token_id))
+    return lambda doc, rng: [bos, doc, eos] if rng.random() < 0.5 else [doc, eos]
 
 
 def learning_rate(progress: float, peak: float, warmup: float, floor: float) -> float:
@@ -180,7 +186,7 @@ def train(
     plain = [p for p in model.parameters() if p.ndim < 2]
     groups = [{"params": decay, "weight_decay": args.weight_decay}, {"params": plain, "weight_decay": 0.0}]
     optimizer = torch.optim.AdamW(groups, lr=args.lr, betas=(0.9, 0.95), eps=1e-8, fused=device.type == "cuda")
-    data = training_batches(docs, args.batch, model.config.bos_token_id, model.config.eos_token_id, args.seed)
+    data = training_batches(docs, args.batch, CONTEXT, args.seed, bos_at_random(model.config))
     epoch_tokens = sum(len(d) + 1.5 for d in docs)
     start, running = time.time(), None
     model.train()
