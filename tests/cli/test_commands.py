@@ -316,7 +316,7 @@ def test_ctrl_c_gives_the_command_that_goes_on(
     assert main(argv) == 130
     err = capsys.readouterr().err
     assert "interrupted" in err
-    go_on = f"linearize convert m '{out}' --recipe lolcats --data d 'keep_softmax=every 4' --resume"
+    go_on = f"linearize convert m '{out}' --recipe pure --data d 'keep_softmax=every 4' --resume"
     assert (go_on in err) == saved, err
     assert ("Nothing was saved" in err) == (not saved)
 
@@ -395,6 +395,30 @@ def test_recipes_ls(capsys: pytest.CaptureFixture) -> None:
     assert all(name in err for name in list_recipes())
 
 
+def test_recipes_ls_shows_what_was_measured(
+    tmp_path: Path, capsys: pytest.CaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (made := tmp_path / "recipes").mkdir()
+    text = recipe_path("lolcats").read_text(encoding="utf-8")
+    text = "".join(line for line in text.splitlines(keepends=True) if not line.startswith("# Measured"))
+    (made / "lolcats.yaml").write_text(text, encoding="utf-8")
+    where = "# Measured: R 12.5 %; state 7.75 MB; tokens 3M; on a GPU, torch 9\n"
+    (made / "known.yaml").write_text(where + text.replace("name: lolcats", "name: known"), encoding="utf-8")
+    monkeypatch.setattr("linearize.recipe._folder", lambda: made)
+    assert main(["recipes", "ls", "--json"]) == 0
+    rows = {row["name"]: row for row in json.loads(capsys.readouterr().out)["recipes"]}
+    assert rows["lolcats"]["measured"] == {}
+    assert rows["known"]["measured"] == {"R": "12.5 %", "state": "7.75 MB", "tokens": "3M", "on": "a GPU, torch 9"}
+    assert set(rows["known"]) == {"name", "paper", "summary", "measured"}
+    assert main(["recipes", "ls"]) == 0
+    lines = capsys.readouterr().err.splitlines()
+    (head,) = (line.split() for line in lines if "summary" in line)
+    assert head == ["name", "R", "state", "paper", "summary"]
+    (known,) = (line for line in lines if line.split()[:1] == ["known"])
+    (lolcats,) = (line for line in lines if line.split()[:1] == ["lolcats"])
+    assert known.split()[1:5] == ["12.5", "%", "7.75", "MB"] and lolcats.split()[1:3] == ["-", "-"]
+
+
 def test_recipes_show(capsys: pytest.CaptureFixture) -> None:
     assert main(["recipes", "show", "based"]) == 0
     assert capsys.readouterr().out == recipe_path("based").read_text(encoding="utf-8")
@@ -426,7 +450,7 @@ def test_doctor_says_what_is_wrong(capsys: pytest.CaptureFixture, monkeypatch: p
     monkeypatch.setattr(doctor, "_device", lambda: {"cuda": None})
     assert main(["doctor", "--json"]) == 4
     out, err = capsys.readouterr()
-    assert len(json.loads(out)["problems"]) == 3 and "lolcats" in err
+    assert len(json.loads(out)["problems"]) == 4 and "lolcats" in err
     monkeypatch.setattr(doctor, "_version", lambda name: None if name == "peft" else "1")
     assert main(["doctor"]) == 4
     assert "peft is not installed" in capsys.readouterr().err
@@ -438,7 +462,7 @@ def test_doctor_tests_the_mixers_of_this_machine(
     assert main(["doctor", "--json"]) == 0
     report = json.loads(capsys.readouterr().out)
     assert report["problems"] == [] and report["packages"]["torch"]
-    assert [row["recipe"] for row in report["self_test"]] == ["lolcats", "liger-gla", "gated-deltanet"]
+    assert [row["recipe"] for row in report["self_test"]] == ["pure", "lolcats", "liger-gla", "gated-deltanet"]
 
     from linearize_cli import doctor
 

@@ -67,7 +67,7 @@ def test_what_people_read(calls: list[Any], capsys: pytest.CaptureFixture, monke
     assert "1 0.5 5 0.25 2.5 1 keep -" in text and "2 0.125 1.25 0.0625 0.625 3 - keep" in text
     assert "1 rank, aligned 1.25 8 0.75 4" in text and "2 even spacing 1.375 8" in text and "none - 1.5 8" in text
     assert "note: a note" in text and "Keep, by aligned: keep_softmax=[1]" in text
-    assert "Next: linearize convert m OUT --recipe lolcats --data 'a file.txt' context=512 'keep_softmax=[1]'" in text
+    assert "Next: linearize convert m OUT --recipe pure --data 'a file.txt' context=512 'keep_softmax=[1]'" in text
 
 
 def test_a_ranking_by_the_window_alone(

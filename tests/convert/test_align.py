@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +16,7 @@ from linearize.convert.align import (
     align_layers,
     aligned_names,
     branches_of,
+    joint_loss,
     layer_loss,
     match,
     student_layer,
@@ -34,6 +35,13 @@ from linearize.progress import NullProgress
 from linearize.recipe import Align
 
 SPEC = MixerSpec(window=8)
+MASS = {"normaliser": "own", "mix": "mass", "coverage": "all", "window": 8, "sinks": 2}
+ALL = {
+    "mass-own": MixerSpec(feature_map="hedgehog_exp", decay="scalar", own_qk=True, state_heads="kv", **MASS),
+    "mass-scale-delta": MixerSpec(feature_map="crelu", write="delta", **MASS | {"normaliser": "scale"}),
+    "gate-norm": MixerSpec(feature_map="elu", **MASS | {"mix": "gate", "normaliser": "norm"}),
+}
+"""Mixers whose linear branch reads the same tokens in the mix as alone."""
 
 
 def ids(batch: int = 2, length: int = 50) -> torch.Tensor:
@@ -112,6 +120,71 @@ def test_gradients_are_those_of_the_joint_loss(make_teacher: Callable[..., Any],
             assert float(parameter.grad.abs().max()) > 0, name
             torch.testing.assert_close(at_once[name], parameter.grad, rtol=1e-5, atol=1e-8)
     torch.testing.assert_close(result.losses.sum(), joint.detach())
+
+
+@pytest.mark.parametrize("objective", ["output", "hidden"])
+@pytest.mark.parametrize("name", ALL)
+def test_one_run_of_the_layer_gives_both_losses(make_teacher: Callable[..., Any], name: str, objective: str) -> None:
+    """The loss of the mix and of the linear branch alone, and their gradients, as two runs of the layer give them."""
+    teacher = make_teacher("llama tied, head_dim 16, biases")
+    student = student_of(teacher, {1}, ALL[name])
+    align = Align(objective=objective, branch="both", train=("mixer", "q_proj", "k_proj", "v_proj"))
+    if objective == "hidden":
+        align = replace(align, train=(*align.train, "o_proj"))
+    attentions, named = dict(attention_layers(student)), dict(student.named_parameters())
+    parameters = {n: named[n] for n in aligned_names(student, align, list(attentions))}
+    torch.manual_seed(0)
+    with torch.no_grad():  # away from the zeros and ones that some start at
+        for parameter in parameters.values():
+            parameter.add_(0.1 * torch.randn_like(parameter))
+    with trainable(parameters.values()):
+        for layer in take(teacher, list(attentions), ids()):
+            attention = attentions[layer.index]
+            loss, error = joint_loss(attention, layer, objective)
+            mixer = attention.mixer
+            assert not mixer.record and mixer.last_output is None and mixer.last_linear is None
+            loss.backward()
+            found = {n: p.grad.clone() for n, p in parameters.items() if p.grad is not None}
+            student.zero_grad()
+            mix, linear = (layer_loss(attention, layer, which, objective) for which in ("full", "linear"))
+            (mix[0] + linear[0]).backward()
+            torch.testing.assert_close(loss, mix[0] + linear[0])
+            torch.testing.assert_close(error, mix[1])
+            assert abs(float((mix[0] - linear[0]).detach())) > 1e-3, (
+                "the two losses must differ for this to say anything"
+            )
+            wanted = {n: p.grad for n, p in parameters.items() if p.grad is not None}
+            assert len(wanted) == len(parameters) / 2 and found.keys() == wanted.keys()
+            for n in wanted:
+                assert float(wanted[n].abs().max()) > 0, n
+                torch.testing.assert_close(found[n], wanted[n], rtol=1e-4, atol=1e-7, msg=n)
+            student.zero_grad()
+
+
+def test_the_layer_runs_once_where_one_run_gives_both(
+    make_teacher: Callable[..., Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    teacher = make_teacher("llama")
+    runs: list[str] = []
+    joint, single = align_module.joint_loss, align_module.layer_loss
+    monkeypatch.setattr(align_module, "joint_loss", lambda *given: runs.append("both") or joint(*given))
+    monkeypatch.setattr(align_module, "layer_loss", lambda *given: runs.append(given[2]) or single(*given))
+    once, twice = ALL["mass-own"], SPEC  # the second reads other tokens alone than in the mix
+    for spec, options, hidden, expected in (
+        (once, {}, False, ["both"]),
+        (once, {}, True, ["linear"]),
+        (once, {"branch": "mix"}, False, ["full"]),
+        (once, {"branch": "linear"}, False, ["linear"]),
+        (once, {"objective": "weights"}, False, ["full", "linear"]),
+        (twice, {}, False, ["full", "linear"]),
+    ):
+        student = student_of(teacher, {1, 2}, spec)
+        align = Align(**{"objective": "hidden", "branch": "both"} | options)
+        runs.clear()
+        with trainable([p for n, p in student.named_parameters() if "mixer" in n]):
+            hide = lambda layer, hidden=hidden: hidden  # noqa: E731
+            transfer_micro_batch(teacher, dict(attention_layers(student)), ids(), align, hide=hide)
+        assert runs == expected, (spec, options)
 
 
 def test_one_layers_activations_at_a_time(make_teacher: Callable[..., Any], monkeypatch: pytest.MonkeyPatch) -> None:
@@ -198,6 +271,19 @@ def test_alignment_lowers_every_layers_loss(
     assert all(torch.equal(p, frozen[n]) for n, p in student.named_parameters() if n in frozen)
     assert not any(p.requires_grad or p.grad is not None for p in student.parameters())
     assert asdict(state)["step"] == 30
+
+
+@pytest.mark.parametrize("kind", ["adamw", "muon"])
+def test_mixers_have_a_rate_of_their_own(make_teacher: Callable[..., Any], tmp_path: Path, kind: str) -> None:
+    """A tiny rate moves next to nothing: which parameters stay says whose rate it was."""
+    teacher = make_teacher("llama")
+    for lr, mixer_lr, moves in ((1e-2, 1e-30, "q_proj"), (1e-30, 1e-2, "mixer")):
+        align = Align(lr=lr, mixer_lr=mixer_lr, train=("mixer", "q_proj"), optimizer=kind)
+        student = student_of(teacher)
+        before = {n: p.clone() for n, p in student.named_parameters()}
+        train(student, teacher, align, tmp_path / moves, steps=2)
+        moved = {n.split(".")[4] for n, p in student.named_parameters() if (p - before[n]).abs().max() > 1e-12}
+        assert moved == {moves}
 
 
 def test_a_layer_that_does_not_move_is_named(make_teacher: Callable[..., Any], tmp_path: Path) -> None:

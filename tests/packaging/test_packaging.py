@@ -161,7 +161,7 @@ def test_floors_that_keep_users_safe(root):
     data = project(root)["project"]
     assert data["requires-python"] == ">=3.10"
     dependencies = {re.split(r"[<>=;]", line)[0]: line for line in data["dependencies"]}
-    assert ">=5.3" in dependencies["transformers"] and ">=2.8" in dependencies["torch"]
+    assert ">=5.3" in dependencies["transformers"] and ">=2.9" in dependencies["torch"]
     assert "platform_system == 'Linux'" in dependencies["triton"]
     assert not {"datasets", "lm-eval", "pydantic"} & set(dependencies)
 
