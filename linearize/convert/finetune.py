@@ -227,14 +227,14 @@ def finetune_model(
             labels = shifted_labels(ids)
             tokens = int((labels != IGNORE).sum())
             sums = []
-            for number, (part, part_labels) in enumerate(zip(ids.split(micro), labels.split(micro), strict=True)):
-                torch.manual_seed(derived_seed(seed, "dropout", step, number))
-                with hidden_window(student, finetune, seed=seed, step=step):
-                    weights = {"ce": finetune.ce, "kl": finetune.kl, "scale": 1.0 / tokens}
+            weights = {"ce": finetune.ce, "kl": finetune.kl, "scale": 1.0 / tokens}
+            with hidden_window(student, finetune, seed=seed, step=step) as hidden:
+                for number, (part, part_labels) in enumerate(zip(ids.split(micro), labels.split(micro), strict=True)):
+                    torch.manual_seed(derived_seed(seed, "dropout", step, number))
                     sums.append(torch.stack(backward_losses(student, teacher, part, part_labels, **weights)))
             norm = clip(parameters.values(), finetune.clip)
             ce_mean, kl_mean, size = [*(torch.stack(sums).sum(0) / tokens).tolist(), float(norm)]
-            _take_in(state, ce_mean, kl_mean, finetune, size, parameters, step)
+            _take_in(state, ce_mean, kl_mean, finetune, size, parameters, step, hidden=hidden)
             optimizer.step()
             optimizer.zero_grad(set_to_none=True)
             state.step = step + 1
@@ -259,8 +259,10 @@ def _take_in(
     norm: float,
     parameters: dict[str, nn.Parameter],
     step: int,
+    *,
+    hidden: bool,
 ) -> None:
-    """Update the running figures; stop where the training has died."""
+    """Update the running figures; stop where the training has died. Steps without windows are not among the figures."""
     loss = finetune.ce * ce_mean + finetune.kl * kl_mean
     if not math.isfinite(loss) or not math.isfinite(norm):
         bad = next((n for n, p in parameters.items() if p.grad is not None and not bool(p.grad.isfinite().all())), None)
@@ -268,8 +270,12 @@ def _take_in(
         raise VerificationError(
             f"finetuning: the loss or its gradient is not finite at step {step + 1}{where}", "Lower finetune.lr"
         )
-    if step < RECENT:
-        state.loss_first = ((state.loss_first or 0.0) * step + loss) / (step + 1)
+    if hidden and finetune.window_dropout < 1 and state.loss_last is not None:
+        return
+    taken = state.extra.get("taken", 0)
+    state.extra["taken"] = taken + 1
+    if taken < RECENT:
+        state.loss_first = ((state.loss_first or 0.0) * taken + loss) / (taken + 1)
     recent = [*state.extra.get("recent", []), [loss, ce_mean, kl_mean]][-RECENT:]
     state.loss_last, ce_last, kl_last = (sum(values) / len(recent) for values in zip(*recent, strict=True))
     state.extra |= {"recent": recent, "ce_last": ce_last} | ({"kl_last": kl_last} if finetune.kl > 0 else {})

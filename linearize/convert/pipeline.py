@@ -117,8 +117,7 @@ def _convert(
     ids = torch.from_numpy(inputs.windows[:2, :PROBE]).to(inputs.device).long()
     with timed(seconds, "merge"):
         errors = export.merge(student, ids, inputs.dtype)
-    report = make_report(inputs, student, surgery, trained, aligned, finetuned, errors, seconds)
-    report["calibration"] = calibration
+    report = make_report(inputs, student, surgery, trained, aligned, finetuned, calibration, errors, seconds)
     with atomic_directory(inputs.out) as folder:
         with timed(seconds, "export"):
             export.write_export(folder, student, teacher_folder=inputs.folder, facts=card_facts(inputs, report))
@@ -164,7 +163,12 @@ def _calibrate(inputs: Inputs, student: Any, teacher: Any, watch: Progress) -> d
     before = mean_loss(student, ids)
     rows = calibrate(student, teacher, windows=inputs.windows, tokens=tokens, seed=inputs.recipe.seed, progress=watch)
     losses = {"ppl_teacher": mean_loss(teacher, ids), "ppl_before": before, "ppl_after": mean_loss(student, ids)}
-    return {"tokens": tokens, "layers": rows} | {name: math.exp(min(loss, 700.0)) for name, loss in losses.items()}
+    found = {name: math.exp(min(loss, 700.0)) for name, loss in losses.items()}
+    watch.message(
+        "perplexity before training: {ppl_before:.4g}, calibrated {ppl_after:.4g}; the teacher's is {ppl_teacher:.4g} "
+        "(the last windows of the text)".format(**found)
+    )
+    return {"tokens": tokens, "layers": rows} | found
 
 
 def _train(

@@ -178,7 +178,11 @@ class Layout:
         kept = set(recipe.softmax_layers(config.num_hidden_layers))
         linear = [i for i in range(config.num_hidden_layers) if i not in kept]
         context = recipe.context if training else None
-        return cls(config, recipe, check_fit(config, spec=recipe.mixer, linear_layers=linear, context=context))
+        notes = check_fit(config, spec=recipe.mixer, linear_layers=linear, context=context)
+        if recipe.automatic:
+            notes = [*notes, f"keep_softmax {recipe.keep_softmax}: the conversion measures which layers stay softmax; "
+                             "the ones shown stand in for them"]  # fmt: skip
+        return cls(config, recipe, notes)
 
     def rows(self, dtype_bytes: int) -> list[dict[str, Any]]:
         """One row a layer."""

@@ -21,6 +21,7 @@ def make_report(
     trained: Trained,
     aligned: StageState,
     finetuned: StageState,
+    calibration: dict[str, Any] | None,
     errors: dict[str, dict[str, float]],
     seconds: dict[str, float],
 ) -> dict[str, Any]:
@@ -43,6 +44,7 @@ def make_report(
         },
         "state_bytes": sum(row["state_bytes"] for row in inputs.layout.rows(inputs.dtype.itemsize)),
         "break_even_context": plan.break_even(inputs.layout.config, dtype_bytes=inputs.dtype.itemsize),
+        "calibration": calibration,
         "stages": {"align": _stage(align, aligned, inputs), "finetune": _stage(finetune, finetuned, inputs)},
         "layers": match(aligned),
         "mean_match": mean_match(aligned),
@@ -101,11 +103,11 @@ def _text(inputs: Inputs) -> dict[str, Any]:
 
 def provenance(inputs: Inputs, identity: dict[str, str], report: dict[str, Any]) -> dict[str, Any]:
     """What the manifest says beside files and versions. No path of this machine."""
-    kept = ("stages", "layers", "merge_error", "verification", "parameters", "state_bytes", "keys")
+    kept = ("calibration", "stages", "layers", "merge_error", "verification", "parameters", "state_bytes", "keys")
     figures = {key: report[key] for key in kept}
     return {
         "recipe": inputs.recipe.as_dict(),
-        "recipe_digest": identity["recipe"],
+        "recipe_digest": inputs.recipe.digest(),
         "teacher": {"name": inputs.name, "digest": identity["teacher"]},
         "data": _text(inputs) | {"windows_digest": identity["data"]},
         "figures": figures,

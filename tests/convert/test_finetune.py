@@ -17,7 +17,9 @@ from linearize.convert.finetune import (
     IGNORE,
     backward_losses,
     finetune_model,
+    hidden_window,
     kept_names,
+    mean_loss,
     prepare,
     shifted_labels,
     token_losses,
@@ -28,7 +30,9 @@ from linearize.convert.optim import trainable
 from linearize.convert.stages import StageState, stage_shape
 from linearize.convert.surgery import linearize_model, mixer_plan
 from linearize.errors import UsageError, VerificationError
+from linearize.modeling.mixer import Mixer
 from linearize.modeling.mixer_spec import MixerSpec
+from linearize.modeling.modeling_linearized import set_branches
 from linearize.progress import NullProgress
 from linearize.recipe import Finetune, Lora
 
@@ -205,6 +209,99 @@ def test_finetuning_lowers_the_loss(make_teacher: Callable[..., Any], tmp_path: 
     assert all(torch.equal(p, before[n]) for n, p in teacher.named_parameters())
 
 
+def branches_in(student: Any) -> set[str]:
+    return {mixer.branches for mixer in student.modules() if isinstance(mixer, Mixer)}
+
+
+def test_a_hidden_window_is_hidden_in_every_layer_and_comes_back(make_teacher: Callable[..., Any]) -> None:
+    student = student_of(make_teacher("llama"), {1})
+    always = Finetune(window_dropout=1.0)
+    with torch.no_grad():
+        full = student(input_ids=ids(), use_cache=False).logits
+        with hidden_window(student, always, seed=0, step=0) as struck:
+            assert struck and branches_in(student) == {"linear"}
+            hidden = student(input_ids=ids(), use_cache=False).logits
+        set_branches(student, "linear")
+        assert torch.equal(hidden, student(input_ids=ids(), use_cache=False).logits)
+        set_branches(student, "full")
+        assert (hidden - full).abs().max() > 1e-3
+        with pytest.raises(ZeroDivisionError), hidden_window(student, always, seed=0, step=0):
+            1 / 0  # noqa: B018
+        assert branches_in(student) == {"full"}
+        assert torch.equal(student(input_ids=ids(), use_cache=False).logits, full)
+        with hidden_window(student, Finetune(), seed=0, step=0) as struck:
+            assert not struck and branches_in(student) == {"full"}
+
+
+def test_hidden_windows_follow_from_seed_and_step(make_teacher: Callable[..., Any]) -> None:
+    student = student_of(make_teacher("llama"))
+
+    def draws(seed: int, share: float) -> list[bool]:
+        found = []
+        for step in range(400):
+            with hidden_window(student, Finetune(window_dropout=share), seed=seed, step=step) as struck:
+                found.append(struck)
+        return found
+
+    third = draws(0, 0.3)
+    assert 0.22 < sum(third) / 400 < 0.38
+    random = torch.get_rng_state()
+    torch.manual_seed(9)
+    assert draws(0, 0.3) == third != draws(1, 0.3)
+    torch.set_rng_state(random)
+    half = draws(0, 0.5)
+    assert all(b for a, b in zip(third, half, strict=True) if a), "a larger share hides more steps, not other ones"
+    assert not any(draws(0, 0.0)) and all(draws(0, 1.0))
+
+
+def test_hidden_steps_train_the_linear_branch_alone(make_teacher: Callable[..., Any], tmp_path: Path) -> None:
+    """Every micro-batch of a hidden step runs without the window: gamma, the window's weight, then gets nothing."""
+    teacher = make_teacher("llama")
+    for share, moves in ((1.0, False), (0.0, True)):
+        student = student_of(teacher)
+        before = {n: p.clone() for n, p in student.named_parameters()}
+        options = Finetune(window_dropout=share, lora=None, full=("mixer",), lr=1e-2)
+        state = train(student, teacher, options, tmp_path / f"out {share}", steps=3)
+        assert state.step == 3 and branches_in(student) == {"full"}
+        after = {n: p for n, p in student.named_parameters() if n.endswith("mixer.window_logit")}
+        assert len(after) == 3 and all(torch.equal(p, before[n]) != moves for n, p in after.items())
+        assert not torch.equal(student.model.layers[0].self_attn.mixer.q_map.weight, before[
+            "model.layers.0.self_attn.mixer.q_map.weight"])  # fmt: skip
+
+
+@pytest.mark.parametrize("kind", ["adamw", "muon"])
+def test_mixers_and_projections_have_rates_of_their_own(
+    make_teacher: Callable[..., Any], tmp_path: Path, kind: str
+) -> None:
+    teacher = make_teacher("llama")
+    tiny, real = 1e-30, 1e-2  # the first moves next to nothing
+    for rates, moves in (
+        ({"lr": tiny, "full_lr": tiny, "mixer_lr": real}, {"mixer"}),
+        ({"lr": tiny, "full_lr": real, "mixer_lr": tiny}, {"v_proj"}),
+        ({"lr": real, "full_lr": tiny, "mixer_lr": tiny}, {"lora"}),
+        ({"lr": tiny, "full_lr": real}, {"v_proj", "mixer"}),
+        ({"lr": real, "mixer_lr": tiny}, {"v_proj", "lora"}),
+    ):
+        student = student_of(teacher, own=lambda name: "v_proj" in name)
+        options = Finetune(lora=Lora(targets=("up_proj",)), full=("mixer", "v_proj"), optimizer=kind, **rates)
+        before = {n: p.clone() for n, p in student.named_parameters()}
+        train(student, teacher, options, tmp_path / "out", steps=2)
+        start = before | {n: torch.zeros_like(p) for n, p in student.named_parameters() if "lora_B" in n}
+        moved = [
+            n
+            for n, p in student.named_parameters()
+            if "lora_A" not in n and (p - start[n.replace(".base_layer", "")]).abs().max() > 1e-12
+        ]
+        assert {"lora" if "lora" in n else n.split(".")[4] for n in moved} == moves
+
+
+def test_the_mean_loss_is_that_of_the_model(make_teacher: Callable[..., Any]) -> None:
+    teacher = make_teacher("llama")
+    with torch.no_grad():
+        want = torch.stack([teacher(input_ids=row[None], labels=row[None]).loss for row in ids(3)]).mean()
+    assert mean_loss(teacher, ids(3)) == pytest.approx(float(want), rel=1e-5)
+
+
 def test_a_dead_training_is_an_error(make_teacher: Callable[..., Any], tmp_path: Path) -> None:
     teacher = make_teacher("llama")
     student = student_of(teacher)
@@ -222,8 +319,19 @@ def test_a_dead_training_is_an_error(make_teacher: Callable[..., Any], tmp_path:
 def test_a_loss_that_runs_away_is_an_error() -> None:
     state = StageState()
     for step, loss in enumerate([3.0, 2.9, 4.0, 6.0, 2.5]):  # a spike is no divergence
-        module._take_in(state, loss, 0.0, Finetune(), 1.0, {}, step)
+        module._take_in(state, loss, 0.0, Finetune(), 1.0, {}, step, hidden=False)
     with pytest.raises(VerificationError, match=r"finetuning diverged: its loss is 7\.55 at step 12 and was 2\.95"):
         for step in range(5, 50):
             assert state.loss_first is not None
-            module._take_in(state, 9.0, 0.0, Finetune(), 1.0, {}, step)
+            module._take_in(state, 9.0, 0.0, Finetune(), 1.0, {}, step, hidden=False)
+
+
+def test_steps_without_windows_stay_out_of_the_figures() -> None:
+    state, parameters = StageState(), {}
+    finetune = Finetune(ce=0.0, kl=1.0, window_dropout=0.5)
+    for step, (loss, hidden) in enumerate([(9.0, True), (1.0, False), (50.0, True), (3.0, False)]):
+        module._take_in(state, 0.0, loss, finetune, 1.0, parameters, step, hidden=hidden)
+    # The very first step counts, for there is nothing else to show yet.
+    assert state.loss_last == pytest.approx((9.0 + 1.0 + 3.0) / 3) == state.loss_first
+    with pytest.raises(VerificationError, match="not finite"):
+        module._take_in(state, 0.0, float("nan"), finetune, 1.0, parameters, 4, hidden=True)
