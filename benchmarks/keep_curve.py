@@ -24,7 +24,7 @@ from fractions import Fraction
 from pathlib import Path
 from typing import Any
 
-from benchmarks.recovery import machine
+from benchmarks.quality_run import machine
 
 FRACTIONS = "0,1/8,1/4,1/2"
 COLUMNS = ("placement", "kept", "layers", "tokens", "state KB", "PPL", "R %")
