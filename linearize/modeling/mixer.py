@@ -22,6 +22,7 @@ from .gates import Decay, TokenGate, TokenScore
 from .layout import Layout
 from .mixer_spec import MixerSpec
 from .mixer_state import MixerState
+from .rotary import rotate, unrotate
 
 try:
     from linearize_kernels import (
@@ -402,17 +403,3 @@ class Mixer(nn.Module):
 def _precise(*tensors: torch.Tensor) -> tuple[torch.Tensor, ...]:
     """float32 whatever the model's dtype, for states drift in less; float64 stays, for tests."""
     return tuple(x if x.dtype == torch.float64 else x.float() for x in tensors)
-
-
-def rotate(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
-    """RoPE on [N, H, L, D], cos and sin [N or 1, L, D]."""
-    cos, sin = cos.to(x.dtype).unsqueeze(1), sin.to(x.dtype).unsqueeze(1)
-    first, second = x.chunk(2, dim=-1)
-    return x * cos + torch.cat((-second, first), dim=-1) * sin
-
-
-def unrotate(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
-    """Undo RoPE on [N, H, L, D], cos and sin [N or 1, L, D]; their common factor (YaRN's) is divided out."""
-    cos, sin = cos.to(x.dtype).unsqueeze(1), sin.to(x.dtype).unsqueeze(1)
-    first, second = x.chunk(2, dim=-1)
-    return (x * cos - torch.cat((-second, first), dim=-1) * sin) / (cos.square() + sin.square())
