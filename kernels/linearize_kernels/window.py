@@ -60,7 +60,7 @@ def chunk_window(
 
     if sink_k is not None and sink_v is not None:
         sink_scores = torch.einsum("nkrbid,nkzd->nkrbiz", q_b, sink_k) * scale
-        first = torch.as_tensor(first_block, device=q.device).reshape(-1, 1, 1)
+        first = first_block.reshape(-1, 1, 1) if isinstance(first_block, torch.Tensor) else first_block
         block = first + torch.arange(blocks, device=q.device).reshape(1, -1, 1)
         sink_block = torch.arange(sink_k.shape[2], device=q.device).reshape(1, 1, -1) // window
         apart = sink_block < block - 1  # the others are in the window already

@@ -9,9 +9,8 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import asdict, dataclass, field
-from functools import partial
 from typing import Any
 
 import numpy as np
@@ -29,6 +28,7 @@ from linearize.convert.optim import (
     set_learning_rate,
     trainable,
 )
+from linearize.convert.replay import Replay, gradient_buffers, worth_recording
 from linearize.convert.stages import RECENT, StageShape, StageState
 from linearize.convert.surgery import trained_names
 from linearize.data import batches
@@ -148,12 +148,11 @@ def _distance(
 
 @dataclass(frozen=True, kw_only=True)
 class MicroResult:
-    """One micro-batch: for each layer the loss and normalised error, and whether its window was hidden."""
+    """One micro-batch, and the layers that ran without their window."""
 
-    losses: Tensor
-    """[layers] fp32, on the device."""
-    errors: Tensor
-    hidden: tuple[bool, ...]
+    table: Tensor
+    """[2, layers] fp32, on the device: losses, and normalised errors."""
+    hidden: tuple[int, ...]
 
 
 def transfer_micro_batch(
@@ -162,18 +161,20 @@ def transfer_micro_batch(
     ids: Tensor,
     align: Align,
     *,
-    hide: Callable[[int], bool] = lambda layer: False,
+    hidden: Collection[int] = (),
     scale: float = 1.0,
-) -> MicroResult:
-    """Run the teacher on ids [B, T]; add `scale` times every layer's gradients to its parameters."""
-    losses, errors, hidden = [], [], []
+) -> Tensor:
+    """Run the teacher on ids [B, T]; add `scale` times every layer's gradients to its parameters.
+
+    Layers in `hidden` run without their window. Returns losses and normalised errors, fp32 [2, layers].
+    """
+    losses, errors = [], []
 
     def on_layer(layer: TeacherLayer) -> None:
         attention = attentions[layer.index]
-        struck = hide(layer.index)
         total: Tensor | None = None
         error: Tensor | None = None
-        todo = branches_of(align, hidden=struck)
+        todo = branches_of(align, hidden=layer.index in hidden)
         shared = len(todo) == 2 and align.objective != "weights" and not attention.mixer.spec.lagged  # type: ignore[union-attr]
         for branches in todo[:1] if shared else todo:
             with torch.enable_grad():
@@ -189,7 +190,6 @@ def transfer_micro_batch(
         assert total is not None and error is not None
         losses.append(total)
         errors.append(error)
-        hidden.append(struck)
 
     with (
         torch.no_grad(),
@@ -197,7 +197,7 @@ def transfer_micro_batch(
         captured(teacher, list(attentions), on_layer, weights=align.objective == "weights"),
     ):
         teacher.model(input_ids=ids, use_cache=False)
-    return MicroResult(losses=torch.stack(losses).float(), errors=torch.stack(errors).float(), hidden=tuple(hidden))
+    return torch.stack((torch.stack(losses), torch.stack(errors))).float()
 
 
 def align_layers(
@@ -237,20 +237,26 @@ def align_layers(
     device = next(student.parameters()).device
     begin, first = time.monotonic(), state.step
     spent = state.seconds
-    with trainable(parameters.values()), run.listening():
+
+    def micro_batch(ids: Tensor, hidden: tuple[int, ...]) -> Tensor:
+        scale = len(ids) / shape.batch
+        return transfer_micro_batch(teacher, attentions, ids, align, hidden=hidden, scale=scale)
+
+    # With hidden windows there are as many kinds of steps as sets of layers, too many to record.
+    replay = Replay(micro_batch, device, enabled=worth_recording(teacher, device) and not align.window_dropout)
+    with trainable(parameters.values()), gradient_buffers(parameters.values()), run.listening():
         for step in range(first, shape.steps):
             set_learning_rate(optimizer, step, steps=shape.steps, warmup=align.warmup, min_lr=align.min_lr)
             rows = torch.from_numpy(batches(windows, batch_size=shape.batch, seed=seed, step=shape.offset + step))
             results = []
             for number, part in enumerate(rows.to(device).long().split(micro)):
-                hide = partial(window_hidden, align, seed=seed, step=step, micro=number)
-                scale = len(part) / shape.batch
-                results.append(transfer_micro_batch(teacher, attentions, part, align, hide=hide, scale=scale))
+                hidden = tuple(i for i in attentions if window_hidden(align, i, seed=seed, step=step, micro=number))
+                results.append(MicroResult(table=replay(part, kind=hidden), hidden=hidden))
             # Each layer by itself: none is slowed down by another one's large gradient.
             norms = [clip((parameters[n] for n in names), align.clip) for names in members.values()]
             _take_in(tracks, results, norms, step)
             optimizer.step()
-            optimizer.zero_grad(set_to_none=True)
+            optimizer.zero_grad(set_to_none=False)
             state.step = step + 1
             state.seconds = spent + time.monotonic() - begin
             state.extra = {str(i): asdict(t) for i, t in tracks.items()}
@@ -304,7 +310,7 @@ def mean_match(state: StageState) -> float | None:
 
 def _take_in(tracks: dict[int, LayerTrack], results: Sequence[MicroResult], norms: Sequence[Tensor], step: int) -> None:
     """Update the tracks; stop on a layer that is not finite or has diverged. One transfer from the device."""
-    table = torch.stack([torch.stack((r.losses, r.errors)) for r in results]).cpu().tolist()
+    table = torch.stack([r.table for r in results]).cpu().tolist()
     finite = torch.stack([n.float().cpu() for n in norms]).isfinite().tolist()
     for place, (index, track) in enumerate(tracks.items()):
         values = [(part[0][place], part[1][place]) for part in table]
@@ -313,7 +319,7 @@ def _take_in(tracks: dict[int, LayerTrack], results: Sequence[MicroResult], norm
                 f"layer {index}: the alignment loss or its gradient is not finite at step {step + 1}",
                 "Lower align.lr or align.clip",
             )
-        seen = [pair for pair, result in zip(values, results, strict=True) if not result.hidden[place]]
+        seen = [pair for pair, result in zip(values, results, strict=True) if index not in result.hidden]
         if not seen:
             continue
         track.add(sum(s[0] for s in seen) / len(seen), sum(s[1] for s in seen) / len(seen))

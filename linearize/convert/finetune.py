@@ -30,6 +30,7 @@ from linearize.convert.optim import (
     set_learning_rate,
     trainable,
 )
+from linearize.convert.replay import Replay, gradient_buffers, worth_recording
 from linearize.convert.stages import RECENT, StageShape, StageState
 from linearize.convert.surgery import trained_names
 from linearize.data import batches
@@ -69,9 +70,9 @@ def shifted_labels(ids: Tensor) -> Tensor:
 
 
 def backward_losses(
-    student: Any, teacher: Any | None, ids: Tensor, labels: Tensor, *, ce: float, kl: float, scale: float
-) -> tuple[Tensor, Tensor]:
-    """Add the gradients of scale * (ce * sum CE + kl * sum KL) over ids, labels [B, T]; both sums, without graph."""
+    student: Any, teacher: Any | None, ids: Tensor, labels: Tensor, *, ce: float, kl: float, scale: float | Tensor
+) -> Tensor:
+    """Add the gradients of scale * (ce * sum CE + kl * sum KL) over ids, labels [B, T]; both sums [2], fp32."""
     with autocast(ids.device):
         hidden = student.model(input_ids=ids, use_cache=False).last_hidden_state
         target = None
@@ -93,7 +94,7 @@ def backward_losses(
         sums[1] += kl_sum.detach()
     assert leaf.grad is not None
     hidden.backward(leaf.grad.view_as(hidden))
-    return sums[0], sums[1]
+    return torch.stack(sums)
 
 
 @torch.no_grad()
@@ -162,23 +163,24 @@ def training_mode(student: Any, *, checkpointing: bool) -> Iterator[None]:
         student.eval()
 
 
-@contextmanager
-def hidden_window(student: Any, finetune: Finetune, *, seed: int, step: int) -> Iterator[bool]:
-    """Run a step without any layer's window, with the probability of `window_dropout`; whether it does.
+def window_hidden(finetune: Finetune, *, seed: int, step: int) -> bool:
+    """Whether a step runs without any layer's window: by the chance of `window_dropout`, of seed and step alone."""
+    return finetune.window_dropout > 0 and derived_uniform(seed, "no window", step) < finetune.window_dropout
 
-    All layers at once: the linear branches then have to carry the model together, as they do when audited alone. A
-    function of seed and step alone.
+
+@contextmanager
+def branches(student: Any, name: str) -> Iterator[None]:
+    """Run every layer with these branches (see `Mixer.branches`).
+
+    All layers at once: without windows the linear branches have to carry the model together, as when audited alone.
     """
     from linearize.modeling.modeling_linearized import set_branches
 
-    struck = finetune.window_dropout > 0 and derived_uniform(seed, "no window", step) < finetune.window_dropout
-    if struck:
-        set_branches(student, "linear")
+    set_branches(student, name)
     try:
-        yield struck
+        yield
     finally:
-        if struck:
-            set_branches(student, "full")
+        set_branches(student, "full")
 
 
 def finetune_model(
@@ -219,24 +221,32 @@ def finetune_model(
         state = StageState(**start.state)
     device = next(student.parameters()).device
     begin, first, spent = time.monotonic(), state.step, state.seconds
-    with trainable(parameters.values()), training_mode(student, checkpointing=checkpointing), run.listening():
+
+    def micro_batch(ids: Tensor, labels: Tensor, scale: Tensor, which: str) -> Tensor:
+        with branches(student, which):
+            return backward_losses(student, teacher, ids, labels, ce=finetune.ce, kl=finetune.kl, scale=scale)
+
+    # Recomputation and dropout depend on random states that a recording would not move on as its steps do.
+    plain = not checkpointing and (finetune.lora is None or finetune.lora.dropout == 0)
+    replay = Replay(micro_batch, device, enabled=plain and worth_recording(student, device))
+    mode, buffers = training_mode(student, checkpointing=checkpointing), gradient_buffers(parameters.values())
+    with trainable(parameters.values()), mode, buffers, run.listening():
         for step in range(first, shape.steps):
             set_learning_rate(optimizer, step, steps=shape.steps, warmup=finetune.warmup, min_lr=finetune.min_lr)
             rows = torch.from_numpy(batches(windows, batch_size=shape.batch, seed=seed, step=shape.offset + step))
             ids = rows.to(device).long()
             labels = shifted_labels(ids)
-            tokens = int((labels != IGNORE).sum())
+            tokens = (labels != IGNORE).sum()
             sums = []
-            weights = {"ce": finetune.ce, "kl": finetune.kl, "scale": 1.0 / tokens}
-            with hidden_window(student, finetune, seed=seed, step=step) as hidden:
-                for number, (part, part_labels) in enumerate(zip(ids.split(micro), labels.split(micro), strict=True)):
-                    torch.manual_seed(derived_seed(seed, "dropout", step, number))
-                    sums.append(torch.stack(backward_losses(student, teacher, part, part_labels, **weights)))
+            hidden = window_hidden(finetune, seed=seed, step=step)
+            for number, (part, part_labels) in enumerate(zip(ids.split(micro), labels.split(micro), strict=True)):
+                torch.manual_seed(derived_seed(seed, "dropout", step, number))
+                sums.append(replay(part, part_labels, 1.0 / tokens, kind="linear" if hidden else "full"))
             norm = clip(parameters.values(), finetune.clip)
             ce_mean, kl_mean, size = [*(torch.stack(sums).sum(0) / tokens).tolist(), float(norm)]
             _take_in(state, ce_mean, kl_mean, finetune, size, parameters, step, hidden=hidden)
             optimizer.step()
-            optimizer.zero_grad(set_to_none=True)
+            optimizer.zero_grad(set_to_none=False)
             state.step = step + 1
             state.seconds = spent + time.monotonic() - begin
             if state.step in (DEAD_AFTER, shape.steps):

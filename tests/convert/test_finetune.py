@@ -16,14 +16,15 @@ from linearize.convert.export import merge
 from linearize.convert.finetune import (
     IGNORE,
     backward_losses,
+    branches,
     finetune_model,
-    hidden_window,
     kept_names,
     mean_loss,
     prepare,
     shifted_labels,
     token_losses,
     training_mode,
+    window_hidden,
 )
 from linearize.convert.lora import extract, inject, merged_weight, target_modules
 from linearize.convert.optim import trainable
@@ -32,7 +33,6 @@ from linearize.convert.surgery import linearize_model, mixer_plan
 from linearize.errors import UsageError, VerificationError
 from linearize.modeling.mixer import Mixer
 from linearize.modeling.mixer_spec import MixerSpec
-from linearize.modeling.modeling_linearized import set_branches
 from linearize.progress import NullProgress
 from linearize.recipe import Finetune, Lora
 
@@ -215,34 +215,23 @@ def branches_in(student: Any) -> set[str]:
 
 def test_a_hidden_window_is_hidden_in_every_layer_and_comes_back(make_teacher: Callable[..., Any]) -> None:
     student = student_of(make_teacher("llama"), {1})
-    always = Finetune(window_dropout=1.0)
     with torch.no_grad():
         full = student(input_ids=ids(), use_cache=False).logits
-        with hidden_window(student, always, seed=0, step=0) as struck:
-            assert struck and branches_in(student) == {"linear"}
+        with branches(student, "linear"):
+            assert branches_in(student) == {"linear"}
             hidden = student(input_ids=ids(), use_cache=False).logits
-        set_branches(student, "linear")
-        assert torch.equal(hidden, student(input_ids=ids(), use_cache=False).logits)
-        set_branches(student, "full")
         assert (hidden - full).abs().max() > 1e-3
-        with pytest.raises(ZeroDivisionError), hidden_window(student, always, seed=0, step=0):
+        with pytest.raises(ZeroDivisionError), branches(student, "linear"):
             1 / 0  # noqa: B018
         assert branches_in(student) == {"full"}
         assert torch.equal(student(input_ids=ids(), use_cache=False).logits, full)
-        with hidden_window(student, Finetune(), seed=0, step=0) as struck:
-            assert not struck and branches_in(student) == {"full"}
 
 
-def test_hidden_windows_follow_from_seed_and_step(make_teacher: Callable[..., Any]) -> None:
-    student = student_of(make_teacher("llama"))
-
+def test_hidden_windows_follow_from_seed_and_step() -> None:
     def draws(seed: int, share: float) -> list[bool]:
-        found = []
-        for step in range(400):
-            with hidden_window(student, Finetune(window_dropout=share), seed=seed, step=step) as struck:
-                found.append(struck)
-        return found
+        return [window_hidden(Finetune(window_dropout=share), seed=seed, step=step) for step in range(400)]
 
+    assert not any(draws(0, 0.0)) and all(draws(0, 1.0))
     third = draws(0, 0.3)
     assert 0.22 < sum(third) / 400 < 0.38
     random = torch.get_rng_state()
