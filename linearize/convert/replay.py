@@ -78,7 +78,10 @@ class Replay:
                 self._recordings[key] = self._record(inputs, kind)
             except RuntimeError as error:
                 self.enabled = False
-                tell(f"steps run kernel by kernel: no CUDA graph could be recorded ({str(error).splitlines()[0]})")
+                tell(
+                    f"running kernel by kernel, no CUDA graph could be recorded ({str(error).splitlines()[0]})",
+                    "training",
+                )
                 return self.function(*inputs, kind)
         recording = self._recordings[key]
         for held, given in zip(recording.inputs, inputs, strict=True):
