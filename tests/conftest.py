@@ -15,6 +15,10 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ.setdefault("HF_MODULES_CACHE", tempfile.mkdtemp(prefix="linearize-tests-modules-"))
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+# Triton reads this once, when it is imported. Without a GPU its kernels run in Python, on the CPU's tensors.
+GPU_FILES = [*Path("/dev").glob("nvidia[0-9]*"), *Path("/dev").glob("dxg")]
+if not GPU_FILES or os.environ.get("CUDA_VISIBLE_DEVICES") == "":
+    os.environ.setdefault("TRITON_INTERPRET", "1")
 
 ROOT = Path(__file__).resolve().parent.parent
 

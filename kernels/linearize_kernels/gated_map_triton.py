@@ -1,0 +1,189 @@
+"""Gated linear attention with its feature maps inside, as one operator for autograd and torch.compile.
+
+Neither features nor their gradients are ever written: the backward pass computes them again, tile by tile, from what
+the forward pass was given. Kept are the inputs, the output and the denominators.
+"""
+
+import torch
+
+from .gated_dq_triton import factors
+from .gated_map_dk_triton import map_key_gradients
+from .gated_map_dq_triton import map_query_gradients
+from .gated_map_dv_triton import map_value_gradients
+from .gated_map_out_triton import log_sums, map_outputs
+from .gated_map_weights_triton import map_weight_gradients
+from .gated_maps import SIGNS, Mapped
+from .gated_plan import Plan
+from .gated_scan_triton import scan
+from .gated_triton import DECAYS
+from .tuning import capability, gated_map_chunk
+
+
+def _plan(q, v, g, q_weight, k_weight, cu_seqlens, kind, scale, norm) -> Plan:  # type: ignore[no-untyped-def]
+    return Plan(
+        batch=q.shape[0],
+        heads=q.shape[1],
+        state_heads=k_weight.shape[0],
+        kv_heads=v.shape[1],
+        length=q.shape[2],
+        features=SIGNS[kind] * q_weight.shape[2],
+        values=v.shape[3],
+        decay=DECAYS[0 if g is None else g.ndim],
+        norm=norm,
+        lag=False,
+        scale=scale,
+        capability=capability(q.device),
+        map=kind,
+        signs=SIGNS[kind],
+        cu_seqlens=cu_seqlens,
+    )
+
+
+def _mapped(plan: Plan, q, k, v, g, q_weight, q_bias, k_weight, k_bias) -> Mapped:  # type: ignore[no-untyped-def]
+    """Weights in the inputs' dtype, which is what tensor cores multiply, and the sums of a softmax."""
+    q_weight, k_weight = (w.to(q.dtype).contiguous() for w in (q_weight, k_weight))
+    q_bias, k_bias = (None if b is None else b.float().contiguous() for b in (q_bias, k_bias))
+    sums = log_sums(plan, q, q_weight, q_bias), log_sums(plan, k, k_weight, k_bias)
+    return Mapped(q, k, v, g, q_weight, q_bias, k_weight, k_bias, *sums)
+
+
+def _key_scan(plan, x, state, chunk, want_final):  # type: ignore[no-untyped-def]
+    known = dict(weight=x.k_weight, bias=x.k_bias, log_sums=x.k_sums)
+    return scan(plan, x.k, x.v, x.g, state, chunk=chunk, reverse=False, want_final=want_final, **known)
+
+
+@torch.library.custom_op("linearize::mapped_gated_linear", mutates_args=())
+def mapped_gated_linear_op(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    g: torch.Tensor | None,
+    q_weight: torch.Tensor,
+    q_bias: torch.Tensor | None,
+    k_weight: torch.Tensor,
+    k_bias: torch.Tensor | None,
+    state: torch.Tensor | None,
+    cu_seqlens: torch.Tensor | None,
+    kind: str,
+    scale: float,
+    norm: bool,
+    return_state: bool,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Output [B, H, T, V], denominators [B, H, T] and last state, the latter two empty where there are none."""
+    plan = _plan(q, v, g, q_weight, k_weight, cu_seqlens, kind, scale, norm)
+    x = _mapped(plan, q, k, v, g, q_weight, q_bias, k_weight, k_bias)
+    chunk = gated_map_chunk(plan.capability, plan.values, q.dtype, backward=False)
+    states, z_states, final = _key_scan(plan, x, state, chunk, return_state)
+    out, den = map_outputs(plan, x, states, z_states, chunk=chunk)
+    return out, den, final
+
+
+@mapped_gated_linear_op.register_fake
+def _(q, k, v, g, q_weight, q_bias, k_weight, k_bias, state, cu_seqlens, kind, scale, norm, return_state):  # type: ignore[no-untyped-def]
+    batch, heads, length, _ = q.shape
+    out = v.new_empty(batch, length, heads, v.shape[3]).transpose(1, 2)
+    den = q.new_empty((batch, heads, length) if norm else (0,), dtype=torch.float32)
+    sequences = batch if cu_seqlens is None else cu_seqlens.shape[0] - 1
+    last = (sequences, k_weight.shape[0], SIGNS[kind] * k_weight.shape[2], v.shape[3] + norm)
+    return out, den, q.new_empty(last if return_state else (0,), dtype=torch.float32)
+
+
+@torch.library.custom_op("linearize::mapped_gated_linear_backward", mutates_args=())
+def mapped_gated_linear_backward_op(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    g: torch.Tensor | None,
+    q_weight: torch.Tensor,
+    q_bias: torch.Tensor | None,
+    k_weight: torch.Tensor,
+    k_bias: torch.Tensor | None,
+    state: torch.Tensor | None,
+    cu_seqlens: torch.Tensor | None,
+    out: torch.Tensor,
+    den: torch.Tensor,
+    d_out: torch.Tensor,
+    d_final: torch.Tensor | None,
+    kind: str,
+    scale: float,
+    norm: bool,
+    want_g: bool,
+    want_state: bool,
+    want_maps: bool,
+) -> tuple[
+    torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor,
+    torch.Tensor,
+]:  # fmt: skip
+    """dq, dk, dv, dg, those of q's weight and bias and of k's, and the first state's; empty where not wanted."""
+    plan = _plan(q, v, g, q_weight, k_weight, cu_seqlens, kind, scale, norm)
+    x = _mapped(plan, q, k, v, g, q_weight, q_bias, k_weight, k_bias)
+    chunk = gated_map_chunk(plan.capability, plan.values, q.dtype, backward=True)
+    factor, extra = factors(plan, out, den, d_out)
+    states, z_states, _ = _key_scan(plan, x, state, chunk, False)
+    d_states, dz_states, d_state = scan(
+        plan, q, d_out, g, d_final, chunk=chunk, reverse=True, want_final=want_state, factor=factor, extra=extra,
+        weight=x.q_weight, bias=x.q_bias, log_sums=x.q_sums,
+    )  # fmt: skip
+    known, before, after = (plan, x, d_out, (factor, extra)), (states, z_states), (d_states, dz_states)
+    dq, dg_read, q_along = map_query_gradients(*known, before, after, chunk=chunk, want_g=want_g)
+    dk, k_along = map_key_gradients(*known, after, chunk=chunk)
+    dv, dg = map_value_gradients(*known, after, chunk=chunk, want_g=want_g)
+    none = (dq.new_empty(0, dtype=torch.float32) for _ in range(4))
+    maps = (next(none), next(none), next(none), next(none))
+    if want_maps:
+        maps = map_weight_gradients(*known, before, after, (q_along, k_along), chunk=chunk)
+    if want_g:
+        dg = dg + dg_read
+        dg = dg.sum((0, 2)) if plan.decay == "fixed" else dg
+    return dq, dk, dv, dg, *maps, d_state
+
+
+@mapped_gated_linear_backward_op.register_fake
+def _(  # type: ignore[no-untyped-def]
+    q, k, v, g, q_weight, q_bias, k_weight, k_bias, state, cu_seqlens, out, den, d_out, d_final, kind, scale, norm,
+    want_g, want_state, want_maps,
+):  # fmt: skip
+    def like(x: torch.Tensor) -> torch.Tensor:
+        batch, heads, length, width = x.shape
+        return x.new_empty(batch, length, heads, width).transpose(1, 2)
+
+    def single(shape: torch.Size | tuple[int, ...], wanted: bool) -> torch.Tensor:
+        return q.new_empty(tuple(shape) if wanted else (0,), dtype=torch.float32)
+
+    sequences = q.shape[0] if cu_seqlens is None else cu_seqlens.shape[0] - 1
+    first = (sequences, k_weight.shape[0], SIGNS[kind] * k_weight.shape[2], v.shape[3] + norm)
+    biased = want_maps and q_bias is not None
+    return (
+        like(q), like(k), like(v), single(() if g is None else g.shape, want_g),
+        single(q_weight.shape, want_maps), single((q_weight.shape[0], q_weight.shape[2]), biased),
+        single(k_weight.shape, want_maps), single((k_weight.shape[0], k_weight.shape[2]), biased),
+        single(first, want_state),
+    )  # fmt: skip
+
+
+def _keep(ctx, inputs, output) -> None:  # type: ignore[no-untyped-def]
+    ctx.save_for_backward(*inputs[:10], output[0], output[1])
+    ctx.options = inputs[10:13]
+    ctx.set_materialize_grads(False)
+
+
+def _backward(ctx, d_out, _d_den, d_final):  # type: ignore[no-untyped-def]
+    *inputs, out, den = ctx.saved_tensors
+    g, q_weight, q_bias, k_weight, k_bias, state = inputs[3:9]
+    need = ctx.needs_input_grad
+    want_g = g is not None and need[3]
+    want_state = state is not None and need[8]
+    want_maps = any(need[4:8])
+    d_out = torch.zeros_like(out) if d_out is None else d_out
+    d_out = d_out if d_out.stride(-1) == 1 else d_out.contiguous()
+    dq, dk, dv, dg, dwq, dbq, dwk, dbk, d_state = torch.ops.linearize.mapped_gated_linear_backward(
+        *inputs, out, den, d_out, d_final, *ctx.options, want_g, want_state, want_maps
+    )
+    maps: list[torch.Tensor | None] = [None] * 4
+    if want_maps:
+        pairs = zip((dwq, dbq, dwk, dbk), (q_weight, q_bias, k_weight, k_bias))
+        maps = [None if of is None else grad.to(of.dtype) for grad, of in pairs]
+    return dq, dk, dv, dg if want_g else None, *maps, d_state if want_state else None, *[None] * 5
+
+
+mapped_gated_linear_op.register_autograd(_backward, setup_context=_keep)

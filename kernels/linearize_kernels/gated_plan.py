@@ -1,0 +1,90 @@
+"""Sizes of one call of gated linear attention, and where its chunks lie."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+ENOUGH_PROGRAMS = 132
+"""Programs of a scan that fill a large GPU; with fewer, it is cut into segments."""
+LEAST_SEGMENT = 4
+"""Chunks that a segment has at least."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Plan:
+    """One call's sizes. B batch, H query, S state and HK key-value heads, T tokens, F features, V value channels."""
+
+    batch: int
+    heads: int
+    state_heads: int
+    kv_heads: int
+    length: int
+    features: int
+    values: int
+    decay: str
+    """none, fixed, scalar or channel."""
+    norm: bool
+    lag: bool
+    scale: float
+    capability: int
+    map: str = "none"
+    """Feature map inside the kernels; none: features are given."""
+    signs: int = 1
+    """Signs of the map: F is this times the map's width."""
+    cu_seqlens: torch.Tensor | None = None
+    """Where packed sequences begin and end [N + 1], int32 or int64; None: every row of the batch is one sequence."""
+
+    @property
+    def sequences(self) -> int:
+        """N: packed sequences, or rows of the batch."""
+        return self.batch if self.cu_seqlens is None else self.cu_seqlens.shape[0] - 1
+
+    @property
+    def readers(self) -> int:
+        """Query heads that read one state."""
+        return self.heads // self.state_heads
+
+    def segments(self, programs: int, chunks: int) -> int:
+        """Segments that a scan of this many programs is cut into."""
+        wanted = 1 if programs >= ENOUGH_PROGRAMS else -(-2 * ENOUGH_PROGRAMS // programs)
+        return max(1, min(wanted, chunks // LEAST_SEGMENT))
+
+    def decay_strides(self, g: torch.Tensor | None) -> tuple[int, int, int]:
+        """Strides of the log decay over batch, head and token."""
+        if g is None:
+            return 0, 0, 0
+        if self.decay == "fixed":
+            return 0, g.stride(0), 0
+        return g.stride(0), g.stride(1), g.stride(2)
+
+    def chunks(self, size: int) -> tuple[torch.Tensor | None, torch.Tensor | None, int]:
+        """Table of chunks [NT, 3] int64 (first token, bounds of its sequence), each sequence's first chunk [N + 1], NT.
+
+        Without packing both tensors are None: chunk c begins at token c * size. NT is a bound that needs no look at
+        cu_seqlens from the host; chunks beyond the last have empty bounds.
+        """
+        if self.cu_seqlens is None:
+            return None, None, -(-self.length // size) + self.lag
+        ends = self.cu_seqlens.to(torch.int64)
+        number = (ends.diff() + size - 1) // size + int(self.lag)
+        offsets = torch.cat((number.new_zeros(1), number.cumsum(0)))
+        count = self.length // size + self.sequences * (1 + int(self.lag))
+        chunk = torch.arange(count, device=ends.device)
+        sequence = torch.searchsorted(offsets, chunk, right=True) - 1
+        real = sequence < self.sequences
+        sequence = sequence.clamp_max(self.sequences - 1)
+        first = ends[sequence] + (chunk - offsets[sequence] - int(self.lag)) * size
+        rows = torch.stack((first, ends[sequence], ends[sequence + 1]), dim=1)
+        return torch.where(real[:, None], rows, 0).contiguous(), offsets, count
+
+
+def gate_signature(kernel: Any, pointers: dict[str, str], constants: dict[str, Any]) -> dict[str, str]:
+    """Types of a kernel's arguments for the compile gate: of `pointers` as given, strides multiples of 16."""
+    signature = {name: kind for name, kind in pointers.items() if name in kernel.arg_names}
+    for name in kernel.arg_names:
+        if name not in signature and name not in constants:
+            signature[name] = "fp32" if name == "scale" else "i32:16" if name.startswith("s") else "i32"
+    return signature

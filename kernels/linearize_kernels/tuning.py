@@ -1,0 +1,253 @@
+"""Block sizes, warps and stages of every kernel: one small function an op, looked up, never searched for at run time.
+
+A search on a user's machine takes minutes and gives another answer every day; what is here was measured once. Rows are
+keyed by the card's compute capability, head size D, map width f, block W and dtype, and fall back to a row that any
+card can run.
+"""
+
+from __future__ import annotations
+
+from functools import cache
+
+import torch
+
+
+@cache
+def capability(device: torch.device) -> int:
+    """Compute capability of a CUDA device as one number, 90 for 9.0; 0 for any other device (the interpreter's)."""
+    if device.type != "cuda":
+        return 0
+    major, minor = torch.cuda.get_device_capability(device)
+    return 10 * major + minor
+
+
+def _tile(size: int, most: int) -> int:
+    """A power of two that covers `size`, from 16 to `most`."""
+    return max(16, min(most, 1 << (size - 1).bit_length()))
+
+
+def gated_chunk(capability: int, features: int, values: int, dtype: torch.dtype, decay: str, *, backward: bool) -> int:
+    """Tokens between two stored states of gated linear attention."""
+    if capability == 0:
+        return 16
+    return 64 if backward or dtype == torch.float32 or decay == "channel" else 128
+
+
+def gated_scan(capability: int, features: int, values: int, dtype: torch.dtype, decay: str) -> dict[str, int]:
+    """Tiles of features and values, warps and stages of gated_scan_triton.scan_kernel."""
+    return {"BF": _tile(features, 64), "BV": _tile(values, 64), "num_warps": 4, "num_stages": 3}
+
+
+def gated_out(capability: int, features: int, values: int, dtype: torch.dtype, decay: str) -> dict[str, int]:
+    """Tiles, warps and stages of gated_out_triton.out_kernel."""
+    if decay == "channel":
+        return {"BF": _tile(features, 32), "BV": _tile(values, 128), "num_warps": 4, "num_stages": 2}
+    return {"BF": _tile(features, 64), "BV": _tile(values, 128), "num_warps": 8, "num_stages": 2}
+
+
+def gated_dq(capability: int, features: int, values: int, dtype: torch.dtype, decay: str) -> dict[str, int]:
+    """Feature tile, warps and stages of gated_dq_triton.dq_kernel."""
+    return {
+        "BF": _tile(features, 32 if decay == "channel" else 64),
+        "num_warps": 8 if values > 128 else 4,
+        "num_stages": 1,
+    }
+
+
+def gated_dkv(
+    capability: int, features: int, values: int, dtype: torch.dtype, decay: str, *, many: bool
+) -> dict[str, int]:
+    """Feature tile, warps and stages of gated_dkv_triton.dkv_kernel; `many` heads share a value head."""
+    narrow = decay == "channel" or (many and values > 64)
+    return {"BF": _tile(features, 32 if narrow else 64), "num_warps": 8 if values > 128 else 4, "num_stages": 1}
+
+
+def decode(
+    capability: int, head_dim: int, features: int, window: int, batch: int, heads: int, group: int, ratio: int, *,
+    split: bool,
+) -> dict[str, int]:  # fmt: skip
+    """Value channels BV and query heads GROUP of one program of decode_triton.decode_kernel, and its warps.
+
+    group: query heads a key head; ratio: query heads a state head, which stay together. Few programs leave a GPU idle;
+    many read keys and maps once each. split: whether value channels may lie in several programs. A program takes nearly
+    all registers that a thread can have, so that with eight warps a multiprocessor holds one program, with four two.
+    """
+    whole = _tile(head_dim, 256)
+    tall = features > 128 or head_dim > 128  # more registers a thread than four warps have
+    if not split:
+        return {"BV": whole, "GROUP": ratio, "num_warps": 8 if head_dim > 64 else 4}
+    few = batch * heads // ratio < 132
+    return {"BV": min(whole, 32 if few or tall else 64), "GROUP": ratio, "num_warps": 8 if tall else 4}
+
+
+def decode_wide(capability: int, head_dim: int, features: int) -> dict[str, dict[str, int]]:
+    """Features a program, sequences a program, and warps, of the kernels of decode_wide_triton and of their reader."""
+    tile = 16 if capability == 0 else 32
+    return {
+        "features": {"BF": tile, "ROWS": 16, "num_warps": 4},
+        "state": {"BF": tile, "num_warps": 8 if head_dim > 128 else 4},
+        "step": {"BV": _tile(head_dim, 32), "num_warps": 4},
+    }
+
+
+def window_linear_scan(capability: int, channels: int, width: int, chunk: int, dtype: torch.dtype) -> dict[str, int]:
+    """Value tile, warps and stages of window_linear_scan_triton.scan_kernel."""
+    if capability in range(80, 90) or chunk > 64:
+        return {"BV": _tile(channels, 64), "num_warps": 8, "num_stages": 2}
+    if width > 64:
+        return {"BV": _tile(channels, 32), "num_warps": 4, "num_stages": 2}
+    return {"BV": _tile(channels, 128 if channels <= 128 else 64), "num_warps": 4, "num_stages": 3 - (channels > 128)}
+
+
+def window_linear_segments(capability: int, programs: int, blocks: int) -> int:
+    """Into how many segments a scan is cut that has `programs` programs without, over `blocks` blocks each."""
+    if capability == 0:
+        return 1 + (blocks >= 6)  # the interpreter: both ways are tested
+    wanted = 4 * 132 // max(programs, 1)
+    return 1 if programs >= 200 else max(1, min(wanted, blocks // 8, 16))
+
+
+def window_linear_read(capability: int, channels: int, width: int, chunk: int, dtype: torch.dtype) -> dict[str, int]:
+    """Value tile, warps and stages of window_linear_read_triton.read_kernel.
+
+    A product of 64 rows has work for four warps; where its result feeds another, Hopper's second four repeat it. More
+    than four are for larger tiles, or to spare registers.
+    """
+    large = chunk > 64 or width > 64 or capability in range(80, 90)
+    return {
+        "BV": _tile(channels, 64 if large or channels > 128 else 128),
+        "num_warps": 8 if large else 4,
+        "num_stages": 2,
+    }
+
+
+def window_linear_maps(capability: int, channels: int, width: int, chunk: int, dtype: torch.dtype) -> dict[str, int]:
+    """Warps and stages of the kernels of window_linear_maps_triton."""
+    large = chunk > 64 or width > 64 or capability in range(80, 90)
+    return {"num_warps": 8 if large else 4, "num_stages": 1}
+
+
+def window_linear_weights(capability: int, channels: int, width: int, chunk: int, dtype: torch.dtype) -> dict[str, int]:
+    """Warps and stages of window_linear_maps_triton.weight_grad_kernel."""
+    return {"num_warps": 4 if channels * width <= 8192 else 8, "num_stages": 3}
+
+
+def window_linear_queries(capability: int, channels: int, width: int, chunk: int, dtype: torch.dtype) -> dict[str, int]:
+    """Channel tile, warps and stages of window_linear_queries_triton and window_linear_sinks_triton."""
+    tile = _tile(channels, 64 if width > 64 or channels > 128 else 128)
+    warps = 8 if chunk > 64 or channels > 128 or capability in range(80, 90) else 4
+    return {"BN": tile, "num_warps": warps, "num_stages": 1}
+
+
+def window_linear_keys(capability: int, channels: int, width: int, chunk: int, dtype: torch.dtype) -> dict[str, int]:
+    """Tiles of channels and queries, warps and stages of window_linear_keys_triton.key_pairs_kernel."""
+    tile = _tile(channels, 64 if width > 64 or channels > 128 else 128)
+    warps = 8 if chunk > 64 else 4
+    return {"BN": tile, "BQ": min(chunk, 32), "num_warps": warps, "num_stages": 2}
+
+
+def window_linear_values(capability: int, channels: int, width: int, chunk: int, dtype: torch.dtype) -> dict[str, int]:
+    """Tiles of channels and queries, warps and stages of window_linear_keys_triton.value_pairs_kernel."""
+    tile = _tile(channels, 64 if width > 64 else 128)
+    warps = 8 if chunk > 64 else 4
+    return {"BN": tile, "BQ": min(chunk, 32), "num_warps": warps, "num_stages": 2}
+
+
+def blend_rows(width: int) -> dict[str, int]:
+    """Rows R and padded channels BD of a program of blend_triton, and its warps: 16 bytes a thread and load."""
+    channels = max(16, 1 << (width - 1).bit_length())
+    return {"R": max(1, 2048 // channels), "BD": channels, "num_warps": 4}
+
+
+def gated_delta_chunk(capability: int, features: int, dtype: torch.dtype) -> int:
+    """Tokens of a chunk of the gated delta rule: its system is solved at once, its states are stored."""
+    return 32 if dtype == torch.float32 else 64
+
+
+def gated_delta_system(capability: int, features: int, dtype: torch.dtype) -> dict[str, int]:
+    """Feature tile, warps and stages of gated_delta_system_triton.system_kernel."""
+    return {"BF": _tile(features, 64 if features <= 128 else 32), "num_warps": 1, "num_stages": 2}
+
+
+def gated_delta_scores(capability: int, features: int, dtype: torch.dtype) -> dict[str, int]:
+    """Warps and stages of gated_delta_scores_triton.scores_kernel."""
+    return {"num_warps": 4, "num_stages": 1}
+
+
+def gated_delta_scan(
+    capability: int, features: int, values: int, dtype: torch.dtype, *, programs: int, out: bool
+) -> dict[str, int]:
+    """Value tile, warps and stages of gated_delta_scan_triton.scan_kernel, with outputs or without.
+
+    programs: states that are scanned side by side; few of them are cut finer, to fill the card.
+    """
+    fine = features > 128 or programs < 66 or capability < 90 or dtype == torch.float32
+    return {"BV": _tile(values, 32 if fine else 64), "num_warps": 4, "num_stages": 2}
+
+
+def gated_delta_reverse(
+    capability: int, features: int, values: int, dtype: torch.dtype, *, programs: int
+) -> dict[str, int]:
+    """Value tile, warps and stages of gated_delta_reverse_triton.reverse_kernel; programs as above."""
+    fine = features > 128 or programs < 66 or dtype == torch.float32
+    most = 16 if capability < 90 or features > 128 else 32 if fine else 64
+    return {"BV": _tile(values, most), "num_warps": 4, "num_stages": 1}
+
+
+def gated_delta_queries(capability: int, features: int, values: int, dtype: torch.dtype) -> dict[str, int]:
+    """Tiles, warps and stages of gated_delta_queries_triton.queries_kernel."""
+    return {"BF": _tile(features, 128), "BV": _tile(values, 64), "num_warps": 4, "num_stages": 1}
+
+
+def gated_delta_keys(capability: int, features: int, values: int, dtype: torch.dtype) -> dict[str, int]:
+    """Tiles, warps and stages of gated_delta_keys_triton.keys_kernel."""
+    most = 32 if capability < 90 else 64
+    return {"BF": _tile(features, most), "BV": _tile(values, 64), "num_warps": 4, "num_stages": 1}
+
+
+def distill_rows(size: int) -> dict[str, int]:
+    """Logits that a program of distill_triton.losses_kernel reads at a time, and its warps."""
+    block = min(8192, 1 << (max(size, 128) - 1).bit_length())
+    return {"BLOCK": block, "num_warps": 16 if block >= 8192 else 4 if block >= 512 else 1, "num_stages": 1}
+
+
+def gated_map_chunk(capability: int, values: int, dtype: torch.dtype, *, backward: bool) -> int:
+    """Tokens between two stored states of gated linear attention with a map inside."""
+    if capability == 0:
+        return 16
+    return 64 if backward or values > 64 or dtype == torch.float32 else 128
+
+
+def gated_map_scan(capability: int, features: int, values: int, dtype: torch.dtype) -> dict[str, int]:
+    """Tiles, warps and stages of gated_scan_triton.scan_kernel with a map inside."""
+    return {"BF": _tile(features // 2, 64), "BV": _tile(values, 64), "num_warps": 4, "num_stages": 2}
+
+
+def gated_map_out(capability: int, features: int, values: int, dtype: torch.dtype) -> dict[str, int]:
+    """Tiles, warps and stages of gated_map_out_triton.map_out_kernel."""
+    if values > 64:
+        return {"BF": _tile(features // 2, 32), "BV": _tile(values, 128), "num_warps": 4, "num_stages": 1}
+    return {"BF": _tile(features // 2, 64), "BV": _tile(values, 64), "num_warps": 8, "num_stages": 1}
+
+
+def gated_map_dq(capability: int, features: int, values: int, dtype: torch.dtype) -> dict[str, int]:
+    """Feature tile, warps and stages of gated_map_dq_triton.map_dq_kernel."""
+    if values > 64:
+        return {"BF": _tile(features // 2, 16), "num_warps": 8, "num_stages": 1}
+    return {"BF": _tile(features // 2, 32), "num_warps": 4, "num_stages": 1}
+
+
+def gated_map_dk(capability: int, features: int, values: int, dtype: torch.dtype) -> dict[str, int]:
+    """Feature tile, warps and stages of gated_map_dk_triton.map_dk_kernel."""
+    return {"BF": _tile(features // 2, 32), "num_warps": 8, "num_stages": 1}
+
+
+def gated_map_dv(capability: int, features: int, values: int, dtype: torch.dtype) -> dict[str, int]:
+    """Feature tile, warps and stages of gated_map_dv_triton.map_dv_kernel."""
+    return {"BF": _tile(features // 2, 16 if values > 64 else 32), "num_warps": 8, "num_stages": 1}
+
+
+def gated_map_weights(capability: int, features: int, values: int, dtype: torch.dtype, *, keys: bool) -> dict[str, int]:
+    """Column tile, warps and stages of the kernels of gated_map_weights_triton, for q's map or for k's."""
+    wide = values <= 64 and not keys
+    return {"BF": _tile(features // 2, 32 if wide else 16), "num_warps": 4 if values <= 64 else 8, "num_stages": 1}

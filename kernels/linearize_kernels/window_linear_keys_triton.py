@@ -1,0 +1,252 @@
+"""Gradients of keys and of values, over the query heads that share them.
+
+    dv_j = sum_i P_ij do_i + sum_i d_i phi(q_i).phi(k_j) do_i
+    dk_j = scale sum_i ds_ij q_i + dy_j W^T                       ds as in window_linear_queries_triton.py
+
+One kernel each, for two sums in one would not fit into the registers. Scores are computed with the keys down, so that
+P^T and ds^T are what the products need: a product's result is never turned over.
+"""
+
+import torch
+import triton
+import triton.language as tl
+
+from . import tuning
+from .window_linear_tiles import (
+    LN2,
+    NO_MAP,
+    PRECOMPUTED,
+    SHARED,
+    SOFTMAX,
+    features,
+    find_block,
+    gate_case,
+    load_columns,
+    load_matrix,
+    load_part,
+    load_rows,
+    project,
+    project_across,
+    store_columns,
+    through_map,
+)
+
+
+@triton.jit
+def through_state(dv, phi, states_ptr, at, first_n, D: tl.constexpr, BN: tl.constexpr, BF: tl.constexpr):
+    """Add phi dS to dv [C, BN] for one part of the features."""
+    value = first_n + tl.arange(0, BN)
+    base = states_ptr + at * D * BF + value[:, None] * BF + tl.arange(0, BF)[None, :]
+    if D % BN == 0:
+        state = tl.load(base)
+    else:
+        state = tl.load(base, mask=(value < D)[:, None], other=0.0)
+    return tl.dot(phi.to(state.dtype), tl.trans(state), dv, input_precision="ieee")
+
+
+@triton.jit
+def key_features(
+    k, given, weight_ptr, bias_ptr, head, written, stride,
+    D: tl.constexpr, BD: tl.constexpr, F: tl.constexpr, BF: tl.constexpr, PARTS: tl.constexpr, C: tl.constexpr,
+    MAP: tl.constexpr,
+):  # fmt: skip
+    """Both parts of phi(k), float32, zero where nothing is written; the second is the first where there is one."""
+    if MAP == PRECOMPUTED:
+        phi = load_part(given, written, stride, 0, F, BF, C).to(tl.float32)
+        phi_2 = phi
+        if PARTS == 2:
+            phi_2 = load_part(given, written, stride, 1, F, BF, C).to(tl.float32)
+    else:
+        if MAP == SOFTMAX:
+            y = project(k, None, None, head, F, BF, MAP)
+        else:
+            y = project(k, load_matrix(weight_ptr + head * D * F, F, D, BD, F, BF), bias_ptr, head, F, BF, MAP)
+        phi = tl.where(written[:, None], features(y, MAP, F, BF, 1), 0.0)
+        phi_2 = phi
+        if PARTS == 2:
+            phi_2 = tl.where(written[:, None], features(-y, MAP, F, BF, 1), 0.0)
+    return phi, phi_2
+
+
+@triton.jit
+def across_queries(
+    phi, phi_2, q_base, weight_ptr, bias_ptr, head, live, stride, DTYPE: tl.constexpr,
+    D: tl.constexpr, BD: tl.constexpr, F: tl.constexpr, BF: tl.constexpr, PARTS: tl.constexpr, C: tl.constexpr,
+    MAP: tl.constexpr,
+):  # fmt: skip
+    """phi(k_j).phi(q_i) with keys down and queries across: [C, C]."""
+    if MAP == PRECOMPUTED:
+        queries = tl.trans(load_part(q_base, live, stride, 0, F, BF, C))
+        weights = tl.dot(phi.to(DTYPE), queries, input_precision="ieee")
+        if PARTS == 2:
+            queries = tl.trans(load_part(q_base, live, stride, 1, F, BF, C))
+            weights = tl.dot(phi_2.to(DTYPE), queries, weights, input_precision="ieee")
+    else:
+        q = load_rows(q_base, live, stride, D, BD, C)
+        if MAP == SOFTMAX:
+            y = project_across(q, None, None, head, F, BF, MAP)
+        else:
+            weight = load_matrix(weight_ptr + head * D * F, F, D, BD, F, BF)
+            y = project_across(q, weight, bias_ptr, head, F, BF, MAP)
+        weights = tl.dot(phi.to(DTYPE), features(y, MAP, F, BF, 0).to(DTYPE), input_precision="ieee")
+        if PARTS == 2:
+            queries = features(-y, MAP, F, BF, 0).to(DTYPE)
+            weights = tl.dot(phi_2.to(DTYPE), queries, weights, input_precision="ieee")
+    return weights
+
+
+@triton.jit(do_not_specialize=["T", "BLOCKS", "sinks"])
+def value_pairs_kernel(
+    q_ptr, k_ptr, xq_ptr, xk_ptr, do_ptr, q_weight_ptr, q_bias_ptr, k_weight_ptr, k_bias_ptr,
+    states_ptr, level_ptr, row_scale_ptr, dv_ptr, table_ptr,
+    s_qb, s_qh, s_qt, s_kb, s_kh, s_kt, s_xqb, s_xqh, s_xqt, s_xkb, s_xkh, s_xkt, s_db, s_dh, s_dt, s_gb, s_gt,
+    T, BLOCKS, KEY_HEADS, scale, sinks,
+    D: tl.constexpr, BD: tl.constexpr, BN: tl.constexpr, F: tl.constexpr, BF: tl.constexpr, PARTS: tl.constexpr,
+    C: tl.constexpr, BQ: tl.constexpr, MAP: tl.constexpr, LAG: tl.constexpr, WINDOW: tl.constexpr,
+    KEYS: tl.constexpr, STATES: tl.constexpr, TABLE: tl.constexpr,
+):  # fmt: skip
+    """One program: a block of one key head, BN channels of dv [B, T, HK, D].
+
+    states: gradients of the states. KEYS: query heads a key head; STATES: query heads a state head, 1 or KEYS.
+    """
+    SLICES: tl.constexpr = (D + BN - 1) // BN
+    index = tl.program_id(0)
+    first_n = (index % SLICES) * BN
+    index = index // SLICES
+    key_head = (index % KEY_HEADS).to(tl.int64)
+    block = (index // KEY_HEADS).to(tl.int64)
+    row, low, high, number, _ = find_block(block, table_ptr, T, BLOCKS, TABLE)
+    if row < 0:
+        return
+    token = tl.arange(0, C)
+    query = tl.arange(0, BQ)
+    start = low + number * C
+    live = start + token < high
+    written = live & (number * C + token >= sinks)
+    first_t = start.to(tl.int64)
+    k = load_rows(k_ptr + row * s_kb + key_head * s_kh + first_t * s_kt, live, s_kt, D, BD, C)
+    dv = tl.zeros([C, BN], tl.float32)
+
+    if MAP != NO_MAP and (STATES == 1 or LAG == 1):
+        for member in tl.range(0, KEYS, num_stages=1):
+            head = key_head * KEYS + member
+            state_head = head // STATES
+            phi, phi_2 = key_features(
+                k, xk_ptr + row * s_xkb + state_head * s_xkh + first_t * s_xkt, k_weight_ptr, k_bias_ptr, state_head,
+                written, s_xkt, D, BD, F, BF, PARTS, C, MAP,
+            )  # fmt: skip
+            if STATES == 1:
+                at = (block * (KEY_HEADS * KEYS) + head) * PARTS
+                dv = through_state(dv, phi, states_ptr, at, first_n, D, BN, BF)
+                if PARTS == 2:
+                    dv = through_state(dv, phi_2, states_ptr, at + 1, first_n, D, BN, BF)
+            if LAG == 1:
+                q_base = xq_ptr + row * s_xqb + head * s_xqh + first_t * s_xqt
+                weights = across_queries(
+                    phi, phi_2, q_base, q_weight_ptr, q_bias_ptr, head, live, s_xqt, k.dtype, D, BD, F, BF, PARTS, C,
+                    MAP,
+                )  # fmt: skip
+                at_row = (row * (KEY_HEADS * KEYS) + head) * T + start + token
+                weights = weights * tl.load(row_scale_ptr + at_row, mask=live, other=0.0)[None, :]
+                weights = tl.where(token[:, None] <= token[None, :], weights, 0.0)
+                do = load_columns(do_ptr + row * s_db + head * s_dh + first_t * s_dt, live, s_dt, first_n, D, BN, C)
+                dv = tl.dot(weights.to(do.dtype), do, dv, input_precision="ieee")
+    if MAP != NO_MAP and STATES > 1:
+        phi, phi_2 = key_features(
+            k, xk_ptr + row * s_xkb + key_head * s_xkh + first_t * s_xkt, k_weight_ptr, k_bias_ptr, key_head,
+            written, s_xkt, D, BD, F, BF, PARTS, C, MAP,
+        )  # fmt: skip
+        at = (block * KEY_HEADS + key_head) * PARTS
+        dv = through_state(dv, phi, states_ptr, at, first_n, D, BN, BF)
+        if PARTS == 2:
+            dv = through_state(dv, phi_2, states_ptr, at + 1, first_n, D, BN, BF)
+
+    if WINDOW:
+        # Queries of the same block, from each key on, and all those of the next, BQ at a time. Rows that are not
+        # there have an infinite level, and so no weight.
+        for step in range(0, KEYS * (2 * C // BQ)):
+            ahead = step % (2 * C // BQ) * BQ
+            head = key_head * KEYS + step // (2 * C // BQ)
+            after = ahead + query
+            q_live = start + after < high
+            at_row = (row * (KEY_HEADS * KEYS) + head) * T + start + after
+            q_base = q_ptr + row * s_qb + head * s_qh + (first_t + ahead) * s_qt
+            do_base = do_ptr + row * s_db + head * s_dh + (first_t + ahead) * s_dt
+            q = load_rows(q_base, q_live, s_qt, D, BD, BQ)
+            level = tl.load(level_ptr + at_row, mask=q_live, other=float("inf"))
+            p = tl.exp2(tl.dot(k, tl.trans(q), input_precision="ieee") * scale - level[None, :])
+            p = tl.where(token[:, None] <= after[None, :], p, 0.0)
+            do = load_columns(do_base, q_live, s_dt, first_n, D, BN, BQ)
+            dv = tl.dot(p.to(do.dtype), do, dv, input_precision="ieee")
+    store_columns(dv_ptr + row * s_gb + first_t * s_gt + key_head * D, dv, live, s_gt, first_n, D, BN, C)
+
+
+@triton.jit(do_not_specialize=["T", "BLOCKS"])
+def key_pairs_kernel(
+    q_ptr, k_ptr, v_ptr, do_ptr, dy_ptr, k_weight_ptr, level_ptr, row_ptr, shift_ptr, pick_ptr, dk_ptr, table_ptr,
+    s_qb, s_qh, s_qt, s_kb, s_kh, s_kt, s_vb, s_vh, s_vt, s_db, s_dh, s_dt, s_gb, s_gt,
+    T, BLOCKS, KEY_HEADS, scale,
+    D: tl.constexpr, BD: tl.constexpr, BN: tl.constexpr, F: tl.constexpr, BF: tl.constexpr,
+    C: tl.constexpr, BQ: tl.constexpr, MAP: tl.constexpr, WINDOW: tl.constexpr, MIX: tl.constexpr,
+    KEYS: tl.constexpr, STATES: tl.constexpr, TABLE: tl.constexpr,
+):  # fmt: skip
+    """One program: a block of one key head, BN channels of dk [B, T, HK, D]."""
+    SLICES: tl.constexpr = (D + BN - 1) // BN
+    index = tl.program_id(0)
+    first_n = (index % SLICES) * BN
+    index = index // SLICES
+    key_head = (index % KEY_HEADS).to(tl.int64)
+    block = (index // KEY_HEADS).to(tl.int64)
+    row, low, high, number, _ = find_block(block, table_ptr, T, BLOCKS, TABLE)
+    if row < 0:
+        return
+    token = tl.arange(0, C)
+    query = tl.arange(0, BQ)
+    start = low + number * C
+    live = start + token < high
+    first_t = start.to(tl.int64)
+    dk = tl.zeros([C, BN], tl.float32)
+
+    if MAP != NO_MAP and MAP != PRECOMPUTED:
+        for member in range(0, KEYS // STATES):
+            head = key_head * (KEYS // STATES) + member
+            dy_base = dy_ptr + ((row * (KEY_HEADS * KEYS // STATES) + head) * T + first_t) * F
+            dk = through_map(dk, dy_base, k_weight_ptr, head, live, first_n, D, BN, F, BF, C, MAP)
+    if WINDOW:
+        k = load_rows(k_ptr + row * s_kb + key_head * s_kh + first_t * s_kt, live, s_kt, D, BD, C)
+        v = load_rows(v_ptr + row * s_vb + key_head * s_vh + first_t * s_vt, live, s_vt, D, BD, C)
+        for step in range(0, KEYS * (2 * C // BQ)):
+            ahead = step % (2 * C // BQ) * BQ
+            head = key_head * KEYS + step // (2 * C // BQ)
+            after = ahead + query
+            q_live = start + after < high
+            at_row = (row * (KEY_HEADS * KEYS) + head) * T + start + after
+            q_base = q_ptr + row * s_qb + head * s_qh + (first_t + ahead) * s_qt
+            do_base = do_ptr + row * s_db + head * s_dh + (first_t + ahead) * s_dt
+            q = load_rows(q_base, q_live, s_qt, D, BD, BQ)
+            level = tl.load(level_ptr + at_row, mask=q_live, other=float("inf"))
+            p = tl.exp2(tl.dot(k, tl.trans(q), input_precision="ieee") * scale - level[None, :])
+            p = tl.where(token[:, None] <= after[None, :], p, 0.0)
+            do = load_rows(do_base, q_live, s_dt, D, BD, BQ)
+            shift = tl.load(shift_ptr + at_row, mask=q_live, other=0.0)
+            p = p * (tl.dot(v, tl.trans(do), input_precision="ieee") - shift[None, :])
+            if MAP != NO_MAP and MIX == SHARED:
+                r = tl.load(row_ptr + at_row, mask=q_live, other=0.0)
+                pick = tl.load(pick_ptr + at_row, mask=q_live, other=-1)
+                p -= tl.where(pick[None, :] == token[:, None] + (1 - ahead // C) * C, r[None, :], 0.0)
+            if BN != BD:
+                q = load_columns(q_base, q_live, s_qt, first_n, D, BN, BQ)
+            dk = tl.dot((p * (scale * LN2)).to(q.dtype), q, dk, input_precision="ieee")
+    store_columns(dk_ptr + row * s_gb + first_t * s_gt + key_head * D, dk, live, s_gt, first_n, D, BN, C)
+
+
+def gate_cases(arch: int = 90):  # type: ignore[no-untyped-def]
+    """Default configurations in bfloat16, for the compile gate."""
+    rows = tuning.window_linear_values(arch, 128, 64, 64, torch.bfloat16)
+    keys = tuning.window_linear_keys(arch, 128, 64, 64, torch.bfloat16)
+    return [
+        gate_case(value_pairs_kernel, rows, "values"),
+        gate_case(value_pairs_kernel, rows, "values, a state for four heads", STATES=4),
+        gate_case(key_pairs_kernel, keys, "keys, shared mix"),
+        gate_case(key_pairs_kernel, keys, "keys, window alone", MAP=5, MIX=1),
+    ]

@@ -1,0 +1,319 @@
+"""Launches of the window + linear kernels: grids, strides, buffers. Import this only where Triton is installed."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+
+from . import tuning
+from .backend import empty
+from .window_linear_keys_triton import key_pairs_kernel, value_pairs_kernel
+from .window_linear_maps_triton import key_maps_kernel, query_maps_kernel, weight_grad_kernel
+from .window_linear_plan import Plan, cover
+from .window_linear_queries_triton import query_pairs_kernel
+from .window_linear_read_triton import read_kernel
+from .window_linear_scan_triton import scan_kernel
+from .window_linear_sinks_triton import sink_pairs_kernel
+from .window_linear_tiles import LOG2E, MAP_CODES, MIX_CODES
+
+LN2 = 0.6931471805599453
+Maybe = torch.Tensor | None
+
+
+@dataclass(frozen=True, kw_only=True)
+class Inputs:
+    """Tensors of a call, as the kernels read them: weights in the data's dtype, features or q and k as `xq`, `xk`."""
+
+    q: torch.Tensor
+    k: torch.Tensor
+    v: torch.Tensor
+    xq: torch.Tensor
+    xk: torch.Tensor
+    q_weight: Maybe
+    k_weight: Maybe
+    q_bias: Maybe
+    k_bias: Maybe
+    near: Maybe
+    """gamma [H], gate or mass [B, H, T]."""
+    sink_k: Maybe
+    sink_v: Maybe
+    first: Maybe
+    sequences: Maybe
+    blocks: Maybe
+
+    @property
+    def count(self) -> int:
+        """Sequences."""
+        return self.q.shape[0] if self.sequences is None else self.sequences.shape[0]
+
+
+def strides(x: Maybe, size: int = 3) -> tuple[int, ...]:
+    """The first `size` strides; zeros without a tensor."""
+    return (0,) * size if x is None else tuple(x.stride()[:size])
+
+
+def grid_blocks(plan: Plan, x: Inputs) -> int:
+    """Blocks of all sequences, or as many as there could be."""
+    return plan.batch * plan.blocks if x.blocks is None else x.blocks.shape[0]
+
+
+def sizes(plan: Plan) -> dict[str, int]:
+    """The constants that every kernel takes."""
+    return {"D": plan.channels, "BD": cover(plan.channels), "C": plan.chunk}
+
+
+def features_of(plan: Plan) -> dict[str, int]:
+    """The constants of a kernel that makes features."""
+    return {"F": plan.width or 16, "BF": plan.tile, "PARTS": plan.parts, "MAP": MAP_CODES[plan.map]}
+
+
+def tuned(plan: Plan, x: torch.Tensor, name: str) -> dict[str, int]:
+    """This op's row of the tuning table."""
+    look_up = getattr(tuning, f"window_linear_{name}")
+    found: dict[str, int] = look_up(tuning.capability(x.device), plan.channels, plan.tile, plan.chunk, x.dtype)
+    return found
+
+
+def scan(
+    plan: Plan, x: Inputs, *, grad: Maybe = None, row_scale: Maybe = None, row_mass: Maybe = None, last: bool = False
+) -> tuple[torch.Tensor, torch.Tensor, Maybe, Maybe]:
+    """States [G, S, parts, D, BF] and masses [G, S, parts, BF] at every block; with `grad` their gradients.
+
+    Also the state and mass after everything that left the window [N, S, parts, D, BF], float32, if `last`.
+    """
+    backwards = grad is not None
+    group = plan.heads // plan.state_heads if backwards else 1
+    source, written = (x.xq, grad) if backwards else (x.xk, x.v)
+    weight, bias = (x.q_weight, x.q_bias) if backwards else (x.k_weight, x.k_bias)
+    assert written is not None
+    own_heads = plan.map == "precomputed"
+    table = tuned(plan, x.q, "scan")
+    slices = -(-plan.channels // table["BV"])
+    shape = (plan.state_heads, plan.parts, plan.channels, plan.tile)
+    device, single = x.q.device, torch.float32
+    states = empty((grid_blocks(plan, x), *shape), dtype=x.q.dtype, device=device)
+    masses = empty((grid_blocks(plan, x), *shape[:2], plan.tile), dtype=single, device=device)
+    ends = [empty((x.count, *size), dtype=single, device=device) for size in (shape, (*shape[:2], plan.tile))]
+    first = first_mass = None
+    if x.first is not None and not backwards:
+        first, first_mass = _unpacked(plan, x.first)
+    programs = x.count * plan.state_heads * plan.parts * slices
+    segments = tuning.window_linear_segments(tuning.capability(device), programs, plan.blocks)
+    each = -(-(plan.blocks + 1) // segments)
+    # In one segment they are never read, but Triton 3.6 compiles the loop over none all the same.
+    held = x.count * segments if segments > 1 else 0
+    parts = [empty((held, *size), dtype=single, device=device) for size in (shape, (*shape[:2], plan.tile))]
+    for totals in (True, False) if segments > 1 else (False,):
+        scan_kernel[(programs * segments,)](
+            source, written, weight, bias, row_scale, row_mass,
+            None if totals else first, None if totals else first_mass, *parts,
+            states, masses, *(ends if last and not totals else (None, None)), x.sequences,
+            *strides(source), *strides(written),
+            plan.tokens, plan.blocks, segments, each, plan.state_heads, plan.heads,
+            0 if backwards or plan.lag == 1 else plan.sinks,
+            **sizes(plan), **features_of(plan), LAG=plan.lag,
+            SHARING=1 if own_heads else plan.state_heads // plan.key_heads,
+            V_SHARING=plan.state_heads // plan.key_heads, GROUP=group,
+            BACKWARDS=backwards, TOTALS=totals, FIRST=first is not None and not totals, LAST=last and not totals,
+            TABLE=x.sequences is not None, **table,
+        )  # fmt: skip
+    return states, masses, *(ends if last else (None, None))
+
+
+def read(plan: Plan, x: Inputs, states: Maybe, masses: Maybe) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Output [B, H, T, D] over memory [B, T, H, D]; peak and total [B, H, T] float32."""
+    shape = (plan.batch, plan.tokens, plan.heads, plan.channels)
+    if x.sequences is None:
+        out = empty(shape, dtype=x.q.dtype, device=x.q.device)
+    else:
+        out = torch.zeros(shape, dtype=x.q.dtype, device=x.q.device)  # padding stays zero
+    rows = (plan.batch, plan.heads, plan.tokens)
+    peak, total = (empty(rows, dtype=torch.float32, device=x.q.device) for _ in range(2))
+    table = tuned(plan, x.q, "read")
+    slices = -(-plan.channels // table["BV"])
+    read_kernel[(grid_blocks(plan, x) * plan.heads * slices,)](
+        x.q, x.k, x.v, x.xq, x.xk, x.q_weight, x.q_bias, x.k_weight, x.k_bias,
+        states, masses, x.near, x.sink_k, x.sink_v, out, peak, total, x.blocks,
+        *strides(x.q), *strides(x.k), *strides(x.v), *strides(x.xq), *strides(x.xk), *_near_strides(x),
+        out.stride(0), out.stride(1), *strides(x.sink_k), *strides(x.sink_v),
+        plan.tokens, plan.blocks, plan.heads, plan.scale * LOG2E.value, plan.window_weight, plan.sinks,
+        **sizes(plan), **features_of(plan), LAG=plan.lag, WINDOW=plan.window > 0, MIX=MIX_CODES[plan.mix],
+        OWN=plan.own, KEYS=plan.heads // plan.key_heads, STATES=plan.heads // plan.state_heads,
+        BZ=cover(plan.sinks) if plan.sinks else 0, TABLE=x.blocks is not None, **table,
+    )  # fmt: skip
+    return out.transpose(1, 2), peak, total
+
+
+def query_maps(
+    plan: Plan, x: Inputs, states: torch.Tensor, masses: torch.Tensor, grad: torch.Tensor, out: torch.Tensor,
+    peak: torch.Tensor, total: torch.Tensor, *, alone: bool,
+) -> dict[str, torch.Tensor]:  # fmt: skip
+    """What query_maps_kernel writes: dy [B, H, T, F] and the rows' numbers [B, H, T], by name."""
+    rows = (plan.batch, plan.heads, plan.tokens)
+    fresh = {name: _gradient(plan, x, rows, torch.float32) for name in ("scale", "mass", "row", "shift")}
+    made = _gradient(plan, x, (*rows, plan.width), x.q.dtype)
+    laid = out.transpose(1, 2)
+    query_maps_kernel[(grid_blocks(plan, x) * plan.heads,)](
+        x.xq, x.xk, x.v, grad, laid, x.q_weight, x.q_bias, x.k_weight, x.k_bias, states, masses, x.near, peak, total,
+        made, fresh["scale"], fresh["mass"], fresh["row"], fresh["shift"], x.blocks,
+        *strides(x.xq), *strides(x.xk), *strides(x.v), *strides(grad), laid.stride(0), laid.stride(1),
+        *_near_strides(x), plan.tokens, plan.blocks, plan.heads, plan.window_weight,
+        **sizes(plan), **features_of(plan), LAG=plan.lag, WINDOW=plan.window > 0, MIX=MIX_CODES[plan.mix],
+        OWN=plan.own, KEYS=plan.heads // plan.key_heads, STATES=plan.heads // plan.state_heads, ALONE=alone,
+        TABLE=x.blocks is not None, **tuned(plan, x.q, "maps"),
+    )  # fmt: skip
+    return fresh | {"dy": made}
+
+
+def key_maps(
+    plan: Plan, x: Inputs, states: torch.Tensor, masses: torch.Tensor, grad: torch.Tensor,
+    rows: dict[str, torch.Tensor],
+) -> torch.Tensor:  # fmt: skip
+    """dy of the keys [B, S, T, F], from the gradients of the states."""
+    made = _gradient(plan, x, (plan.batch, plan.state_heads, plan.tokens, plan.width), x.q.dtype)
+    key_maps_kernel[(grid_blocks(plan, x) * plan.state_heads,)](
+        x.xq, x.xk, x.v, grad, x.q_weight, x.q_bias, x.k_weight, x.k_bias, states, masses, rows["scale"], rows["mass"],
+        made, x.blocks, *strides(x.xq), *strides(x.xk), *strides(x.v), *strides(grad),
+        plan.tokens, plan.blocks, plan.state_heads, plan.sinks if plan.lag == 2 else 0,
+        **sizes(plan), **features_of(plan), LAG=plan.lag, SHARING=plan.state_heads // plan.key_heads,
+        STATES=plan.heads // plan.state_heads, TABLE=x.blocks is not None, **tuned(plan, x.q, "maps"),
+    )  # fmt: skip
+    return made
+
+
+def weight_grads(
+    plan: Plan, x: Inputs, source: torch.Tensor, made: torch.Tensor, bias: Maybe
+) -> tuple[torch.Tensor, Maybe]:
+    """Gradients of a map's weight [heads, D, F] and bias [heads, F], float32."""
+    heads, count = made.shape[1], grid_blocks(plan, x)
+    pieces = max(1, min(count, 4 * 132 // heads))
+    each = -(-count // pieces)
+    pieces = -(-count // each)
+    device = x.q.device
+    grads = empty((pieces, heads, plan.channels, plan.width), dtype=torch.float32, device=device)
+    sums = None if bias is None else empty((pieces, heads, plan.width), dtype=torch.float32, device=device)
+    sized = {name: value for name, value in features_of(plan).items() if name in ("F", "BF")}
+    weight_grad_kernel[(pieces * heads,)](
+        source, made, grads, sums, x.blocks, *strides(source), plan.tokens, plan.blocks, heads, count, each,
+        **sizes(plan), **sized, SHARING=heads // source.shape[1], TABLE=x.blocks is not None,
+        **tuned(plan, x.q, "weights"),
+    )  # fmt: skip
+    return grads.sum(0), None if sums is None else sums.sum(0)
+
+
+def query_pairs(
+    plan: Plan, x: Inputs, grad: torch.Tensor, peak: torch.Tensor, d_peak: Maybe, rows: dict[str, torch.Tensor]
+) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
+    """dq [B, H, T, D], and the rows' numbers that the keys' gradients need (`far`: of gate or mass)."""
+    dq = _heads_last(plan, x, plan.heads)
+    shape, device = (plan.batch, plan.heads, plan.tokens), x.q.device
+    rows = dict(rows)
+    rows["level"] = empty(shape, dtype=torch.float32, device=device)
+    rows["pick"] = empty(shape, dtype=torch.int32, device=device)
+    rows.setdefault("shift", empty(shape, dtype=torch.float32, device=device))
+    if plan.mix != "sum" and plan.map != "none" and plan.window:
+        rows["far"] = _gradient(plan, x, shape, torch.float32)
+    table = tuned(plan, x.q, "queries")
+    slices = -(-plan.channels // table["BN"])
+    codes = {name: value for name, value in features_of(plan).items() if name != "PARTS"}
+    query_pairs_kernel[(grid_blocks(plan, x) * plan.heads * slices,)](
+        x.q, x.k, x.v, grad, rows.get("dy"), x.q_weight, x.near, x.sink_k, x.sink_v,
+        peak, d_peak, rows.get("row"), rows["shift"], rows["pick"], rows.get("far"), rows["level"], dq, x.blocks,
+        *strides(x.q), *strides(x.k), *strides(x.v), *strides(grad), *_near_strides(x), dq.stride(0), dq.stride(1),
+        *strides(x.sink_k), *strides(x.sink_v),
+        plan.tokens, plan.blocks, plan.heads, plan.scale * LOG2E.value, plan.window_weight, plan.sinks,
+        **sizes(plan), **codes, WINDOW=plan.window > 0, MIX=MIX_CODES[plan.mix], KEYS=plan.heads // plan.key_heads,
+        BZ=cover(plan.sinks) if plan.sinks else 0, TABLE=x.blocks is not None, **table,
+    )  # fmt: skip
+    if plan.mix == "shared" and "far" in rows:
+        rows["row"] = rows["far"]
+    return dq.transpose(1, 2), rows
+
+
+def key_pairs(
+    plan: Plan, x: Inputs, grad: torch.Tensor, states: Maybe, made: Maybe, rows: dict[str, torch.Tensor]
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """dk and dv [B, HK, T, D]; `states` are the gradients of the states, `made` the keys' dy."""
+    dk, dv = (_heads_last(plan, x, plan.key_heads) for _ in range(2))
+    codes, states_each = features_of(plan), plan.heads // plan.state_heads
+    shared = sizes(plan) | {
+        "WINDOW": plan.window > 0, "KEYS": plan.heads // plan.key_heads, "STATES": states_each,
+        "TABLE": x.blocks is not None,
+    }  # fmt: skip
+    ends = (dk.stride(0), dk.stride(1), plan.tokens, plan.blocks, plan.key_heads, plan.scale * LOG2E.value)
+    table = tuned(plan, x.q, "values")
+    slices = -(-plan.channels // table["BN"])
+    value_pairs_kernel[(grid_blocks(plan, x) * plan.key_heads * slices,)](
+        x.q, x.k, x.xq, x.xk, grad, x.q_weight, x.q_bias, x.k_weight, x.k_bias,
+        states, rows.get("level"), rows.get("scale"), dv, x.blocks,
+        *strides(x.q), *strides(x.k), *strides(x.xq), *strides(x.xk), *strides(grad), *ends,
+        plan.sinks if plan.lag == 2 else 0, **shared, **codes, LAG=plan.lag, **table,
+    )  # fmt: skip
+    table = tuned(plan, x.q, "keys")
+    slices = -(-plan.channels // table["BN"])
+    key_pairs_kernel[(grid_blocks(plan, x) * plan.key_heads * slices,)](
+        x.q, x.k, x.v, grad, made, x.k_weight,
+        rows.get("level"), rows.get("row"), rows.get("shift"), rows.get("pick"), dk, x.blocks,
+        *strides(x.q), *strides(x.k), *strides(x.v), *strides(grad), *ends,
+        **shared, **{name: codes[name] for name in ("F", "BF", "MAP")}, MIX=MIX_CODES[plan.mix], **table,
+    )  # fmt: skip
+    return dk.transpose(1, 2), dv.transpose(1, 2)
+
+
+def sink_pairs(
+    plan: Plan, x: Inputs, grad: torch.Tensor, rows: dict[str, torch.Tensor]
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Gradients of the sinks' keys and values [N, HK, Z, D], float32."""
+    pieces = max(1, min(plan.blocks, 2 * 132 // (x.count * plan.heads)))
+    each = -(-plan.blocks // pieces)
+    rows_z = cover(plan.sinks)
+    shape = (x.count, pieces, plan.heads, rows_z, plan.channels)
+    dk, dv = (empty(shape, dtype=torch.float32, device=x.q.device) for _ in range(2))
+    assert x.sink_k is not None
+    table = tuned(plan, x.q, "queries")
+    slices = -(-plan.channels // table["BN"])
+    sink_pairs_kernel[(x.count * pieces * plan.heads * slices,)](
+        x.q, grad, x.sink_k, x.sink_v, rows["level"], rows.get("row"), rows["shift"], rows["pick"], dk, dv, x.sequences,
+        *strides(x.q), *strides(grad), *strides(x.sink_k), *strides(x.sink_v),
+        plan.tokens, plan.heads, pieces, each, plan.scale * LOG2E.value, plan.sinks,
+        **sizes(plan), MAP=MAP_CODES[plan.map], MIX=MIX_CODES[plan.mix], KEYS=plan.heads // plan.key_heads, BZ=rows_z,
+        TABLE=x.sequences is not None, **table,
+    )  # fmt: skip
+    summed = (y.sum(1).unflatten(1, (plan.key_heads, -1)).sum(2)[:, :, : plan.sinks] for y in (dk, dv))
+    return tuple(summed)  # type: ignore[return-value]
+
+
+def packed_state(plan: Plan, state: torch.Tensor, mass: torch.Tensor) -> torch.Tensor:
+    """[N, S, parts, D, BF] and [N, S, parts, BF] -> [N, S, features, D + 1], as the cache keeps it: mass last."""
+    both = torch.cat((state.transpose(-1, -2), mass.unsqueeze(-1)), dim=-1)
+    if plan.parts == 2 and plan.map != "precomputed":
+        both = both[:, :, :, : plan.width]
+    return both.flatten(2, 3)[:, :, : plan.features].contiguous()
+
+
+def _unpacked(plan: Plan, state: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """The other way."""
+    state = state.float()
+    if plan.parts == 2 and plan.map != "precomputed":
+        state = state.unflatten(2, (2, plan.width))
+    else:
+        missing = plan.parts * plan.tile - plan.features
+        state = torch.nn.functional.pad(state, (0, 0, 0, missing)).unflatten(2, (plan.parts, plan.tile))
+    state = torch.nn.functional.pad(state, (0, 0, 0, plan.tile - state.shape[3]))
+    return state[..., :-1].transpose(-1, -2).contiguous(), state[..., -1].contiguous()
+
+
+def _near_strides(x: Inputs) -> tuple[int, ...]:
+    return strides(x.near) if x.near is not None and x.near.ndim == 3 else (0, 0, 0)
+
+
+def _gradient(plan: Plan, x: Inputs, shape: tuple[int, ...], dtype: torch.dtype) -> torch.Tensor:
+    """A gradient that a kernel writes for every token; zeros first where some tokens are padding."""
+    if x.sequences is None:
+        return empty(shape, dtype=dtype, device=x.q.device)
+    return torch.zeros(shape, dtype=dtype, device=x.q.device)
+
+
+def _heads_last(plan: Plan, x: Inputs, heads: int) -> torch.Tensor:
+    return _gradient(plan, x, (plan.batch, plan.tokens, heads, plan.channels), x.q.dtype)

@@ -1,0 +1,207 @@
+"""Outputs of window + linear attention: every block of queries reads its window and the state, in parallel.
+
+    o_i = a_i sum_j exp(s_ij - l_i) v_j + d_i phi(q_i) S_i       l_i: log of the window's sum, or of the whole row's
+
+With a shared denominator (LoLCATs, arXiv 2410.10254, eq. 7) a is gamma, d is 1/Z and l is the largest score plus
+log Z; with two normalised branches a is the window's share, d is (1 - share) over the branch's own sum. The two sums
+share one accumulator, for both factors are known before the values are read.
+"""
+
+import torch
+import triton
+import triton.language as tl
+
+from . import tuning
+from .window_linear_tiles import (
+    NO_MAP,
+    PRECOMPUTED,
+    SHARED,
+    SOFTMAX,
+    TINY,
+    features,
+    find_block,
+    gate_case,
+    load_matrix,
+    load_rows,
+    project,
+    project_across,
+    window_share,
+)
+
+
+@triton.jit
+def read_part(
+    phi, states_ptr, masses_ptr, at, first_v, acc, total, D: tl.constexpr, BV: tl.constexpr, BF: tl.constexpr
+):
+    """Add one part of the features' readings: acc [C, BV] += phi S, total [C] += phi z."""
+    value = first_v + tl.arange(0, BV)
+    feature = tl.arange(0, BF)
+    from_state = states_ptr + at * D * BF + value[:, None] * BF + feature[None, :]
+    if D % BV == 0:
+        state = tl.load(from_state)
+    else:
+        state = tl.load(from_state, mask=(value < D)[:, None], other=0.0)
+    total += tl.sum(phi * tl.load(masses_ptr + at * BF + feature)[None, :], 1)
+    acc = tl.dot(phi.to(state.dtype), tl.trans(state), acc, input_precision="ieee")
+    return acc, total
+
+
+@triton.jit(do_not_specialize=["T", "BLOCKS", "sinks"])
+def read_kernel(
+    q_ptr, k_ptr, v_ptr, xq_ptr, xk_ptr, q_weight_ptr, q_bias_ptr, k_weight_ptr, k_bias_ptr,
+    states_ptr, masses_ptr, near_ptr, sink_k_ptr, sink_v_ptr, out_ptr, peak_ptr, total_ptr, table_ptr,
+    s_qb, s_qh, s_qt, s_kb, s_kh, s_kt, s_vb, s_vh, s_vt, s_xqb, s_xqh, s_xqt, s_xkb, s_xkh, s_xkt, s_nb, s_nh, s_nt,
+    s_ob, s_ot, s_ksb, s_ksh, s_kst, s_vsb, s_vsh, s_vst,
+    T, BLOCKS, HEADS, scale, window_weight, sinks,
+    D: tl.constexpr, BD: tl.constexpr, BV: tl.constexpr, F: tl.constexpr, BF: tl.constexpr, PARTS: tl.constexpr,
+    C: tl.constexpr, MAP: tl.constexpr, LAG: tl.constexpr, WINDOW: tl.constexpr, MIX: tl.constexpr, OWN: tl.constexpr,
+    KEYS: tl.constexpr, STATES: tl.constexpr, BZ: tl.constexpr, TABLE: tl.constexpr,
+):  # fmt: skip
+    """One program: a block of queries of one head, BV values. KEYS, STATES: query heads a key head, a state head.
+
+    xq, xk: what features are made of (q and k themselves, or features). near: gamma [H], gates or masses.
+    """
+    VALUES: tl.constexpr = (D + BV - 1) // BV
+    index = tl.program_id(0)
+    first_v = (index % VALUES) * BV
+    index = index // VALUES
+    head = index % HEADS
+    block = (index // HEADS).to(tl.int64)
+    row, low, high, number, sequence = find_block(block, table_ptr, T, BLOCKS, TABLE)
+    if row < 0:
+        return
+    token = tl.arange(0, C)
+    start = low + number * C
+    live = start + token < high
+    value = first_v + tl.arange(0, BV)
+    inside_v = (value < D)[None, :]
+    key_head = (head // KEYS).to(tl.int64)
+    wide = head.to(tl.int64)
+    first_t = start.to(tl.int64)
+    v_base = v_ptr + row * s_vb + key_head * s_vh + first_t * s_vt + token[:, None] * s_vt + value[None, :]
+
+    acc = tl.zeros([C, BV], tl.float32)
+    far = tl.zeros([C], tl.float32)  # the linear branch's sum of weights
+    if WINDOW:
+        q = load_rows(q_ptr + row * s_qb + wide * s_qh + first_t * s_qt, live, s_qt, D, BD, C)
+    if MAP != NO_MAP:
+        state_head = (head // STATES).to(tl.int64)
+        at = (block * (HEADS // STATES) + state_head) * PARTS
+        x_base = xq_ptr + row * s_xqb + wide * s_xqh + first_t * s_xqt
+        if MAP == PRECOMPUTED:
+            phi = load_rows(x_base, live, s_xqt, min(F, BF), BF, C).to(tl.float32)
+            if PARTS == 2:
+                phi_2 = load_rows(x_base + BF, live, s_xqt, F - BF, BF, C).to(tl.float32)
+        else:
+            if WINDOW:
+                x = q
+            else:
+                x = load_rows(x_base, live, s_xqt, D, BD, C)
+            if MAP == SOFTMAX:
+                y = project(x, None, None, head, F, BF, MAP)
+            else:
+                y = project(x, load_matrix(q_weight_ptr + wide * D * F, F, D, BD, F, BF), q_bias_ptr, head, F, BF, MAP)
+            phi = features(y, MAP, F, BF, 1)
+            if PARTS == 2:
+                phi_2 = features(-y, MAP, F, BF, 1)
+        acc, far = read_part(phi, states_ptr, masses_ptr, at, first_v, acc, far, D, BV, BF)
+        if PARTS == 2:
+            acc, far = read_part(phi_2, states_ptr, masses_ptr, at + 1, first_v, acc, far, D, BV, BF)
+        if LAG == 1:  # the block's own keys, up to each query
+            xk_base = xk_ptr + row * s_xkb + first_t * s_xkt
+            if MAP == PRECOMPUTED:
+                xk_base += state_head * s_xkh
+                other = tl.trans(load_rows(xk_base, live, s_xkt, min(F, BF), BF, C))
+                weights = tl.dot(phi.to(other.dtype), other, input_precision="ieee")
+                if PARTS == 2:
+                    other = tl.trans(load_rows(xk_base + BF, live, s_xkt, F - BF, BF, C))
+                    weights = tl.dot(phi_2.to(other.dtype), other, weights, input_precision="ieee")
+            else:
+                xk = load_rows(xk_base + key_head * s_xkh, live, s_xkt, D, BD, C)
+                if MAP == SOFTMAX:
+                    y = project_across(xk, None, None, state_head, F, BF, MAP)
+                else:
+                    weight = load_matrix(k_weight_ptr + state_head * D * F, F, D, BD, F, BF)
+                    y = project_across(xk, weight, k_bias_ptr, state_head, F, BF, MAP)
+                weights = tl.dot(phi.to(xk.dtype), features(y, MAP, F, BF, 0).to(xk.dtype), input_precision="ieee")
+                if PARTS == 2:
+                    other = features(-y, MAP, F, BF, 0).to(xk.dtype)
+                    weights = tl.dot(phi_2.to(xk.dtype), other, weights, input_precision="ieee")
+            weights = tl.where(token[:, None] >= token[None, :], weights, 0.0)
+            far += tl.sum(weights, 1)
+            v = tl.load(v_base, mask=live[:, None] & inside_v, other=0.0)
+            acc = tl.dot(weights.to(v.dtype), v, acc, input_precision="ieee")
+
+    if WINDOW:
+        k_base = k_ptr + row * s_kb + key_head * s_kh + first_t * s_kt
+        k = load_rows(k_base, live, s_kt, D, BD, C)
+        own = tl.dot(q, tl.trans(k), input_precision="ieee") * scale
+        own = tl.where(token[:, None] >= token[None, :], own, float("-inf"))
+        before = start - C + token >= low
+        k = load_rows(k_base - C * s_kt, before, s_kt, D, BD, C)
+        previous = tl.dot(q, tl.trans(k), input_precision="ieee") * scale
+        previous = tl.where(before[None, :], previous, float("-inf"))
+        largest = tl.maximum(tl.max(own, 1), tl.max(previous, 1))
+        if BZ > 0:
+            kept = tl.arange(0, BZ) < tl.where(number >= 2, sinks, 0)
+            k = load_rows(sink_k_ptr + sequence * s_ksb + key_head * s_ksh, kept, s_kst, D, BD, BZ)
+            first = tl.dot(q, tl.trans(k), input_precision="ieee") * scale
+            first = tl.where(kept[None, :], first, float("-inf"))
+            largest = tl.maximum(largest, tl.max(first, 1))
+            first = tl.exp2(first - largest[:, None])
+        own = tl.exp2(own - largest[:, None])
+        previous = tl.exp2(previous - largest[:, None])
+        near = tl.sum(own, 1) + tl.sum(previous, 1)
+        tl.debug_barrier()
+        if BZ > 0:
+            near += tl.sum(first, 1)
+        if MAP == NO_MAP:
+            peak = largest + tl.log2(near)
+            factor = 1.0 / near
+        elif MIX == SHARED:
+            gamma = window_share(near, near_ptr, head, live, window_weight, MIX)
+            far += gamma * near
+            peak = largest + tl.log2(far)
+            factor = gamma / far
+            acc = acc / far[:, None]
+        else:
+            peak = largest + tl.log2(near)
+            near_at = row * s_nb + wide * s_nh + (start + token) * s_nt
+            share = window_share(peak, near_ptr, near_at, live, window_weight, MIX)
+            factor = share / near
+            if OWN:
+                acc = acc * tl.where(far > TINY, (1.0 - share) / far, 0.0)[:, None]
+            else:
+                acc = acc * (1.0 - share)[:, None]
+        v = tl.load(v_base, mask=live[:, None] & inside_v, other=0.0)
+        acc = tl.dot((own * factor[:, None]).to(v.dtype), v, acc, input_precision="ieee")
+        v = tl.load(v_base - C * s_vt, mask=before[:, None] & inside_v, other=0.0)
+        acc = tl.dot((previous * factor[:, None]).to(v.dtype), v, acc, input_precision="ieee")
+        if BZ > 0:
+            slot = tl.arange(0, BZ)
+            at_sink = sink_v_ptr + sequence * s_vsb + key_head * s_vsh + slot[:, None] * s_vst + value[None, :]
+            v = tl.load(at_sink, mask=kept[:, None] & inside_v, other=0.0)
+            acc = tl.dot((first * factor[:, None]).to(v.dtype), v, acc, input_precision="ieee")
+    elif OWN:
+        acc = acc * tl.where(far > TINY, 1.0 / far, 0.0)[:, None]
+
+    out = out_ptr + row * s_ob + first_t * s_ot + wide * D + token[:, None] * s_ot + value[None, :]
+    tl.store(out, acc.to(out_ptr.dtype.element_ty), mask=live[:, None] & inside_v)
+    if first_v == 0:
+        at_row = (row * HEADS + wide) * T + start + token
+        if WINDOW:
+            tl.store(peak_ptr + at_row, peak, mask=live)
+        if MAP != NO_MAP:
+            tl.store(total_ptr + at_row, far, mask=live)
+
+
+def gate_cases(arch: int = 90):  # type: ignore[no-untyped-def]
+    """Default configurations in bfloat16, for the compile gate."""
+    rows = tuning.window_linear_read(arch, 128, 64, 64, torch.bfloat16)
+    sinks = ("sink_k_ptr", "sink_v_ptr")
+    small = tuning.window_linear_read(arch, 64, 64, 64, torch.bfloat16)
+    return [
+        gate_case(read_kernel, rows, "shared mix", absent=sinks),
+        gate_case(read_kernel, small, "mix by mass, sinks, head of 64", MIX=3, D=64, BD=64, BZ=16),
+        gate_case(read_kernel, rows, "window alone", absent=sinks, MAP=5, MIX=1),
+    ]

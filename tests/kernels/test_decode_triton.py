@@ -1,0 +1,180 @@
+"""The decode kernel against the torch step, in the interpreter: every axis of a mixer, 200 tokens, all that is kept."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import Any
+
+import pytest
+import torch
+
+from linearize.modeling.cache_linearized import LinearStateLayer
+from linearize.modeling.mixer import Mixer
+from linearize.modeling.mixer_decode import step_rule
+from linearize.modeling.mixer_spec import LEARNED_MAPS, MixerSpec
+from linearize_kernels import decode
+from linearize_kernels.decode import MAPS
+from tests.specs import all_specs
+
+pytest.importorskip("triton", reason="triton is for Linux alone")
+pytestmark = pytest.mark.usefixtures("interpreter")
+HIDDEN = 24
+SMALL: dict[str, Any] = {"window": 16, "sinks": 0}
+EXTRA: dict[str, dict[str, Any]] = {
+    **{f"map-{name}": {"feature_map": name, "normaliser": "none", "mix": "sum", **SMALL} for name in MAPS},
+    "delta-lagged-two-sided": {
+        "feature_map": "crelu", "feature_dim": 5, "decay": "scalar", "dt_gain": True, "write": "delta",
+        "normaliser": "norm", "mix": "sum", "window": 16, "sinks": 3,
+    },
+    "delta-lagged-plain": {"feature_map": "l2norm", "write": "delta", "normaliser": "none", "mix": "mass", **SMALL},
+    "odd-window": {"window": 13, "sinks": 2, "decay": "scalar", "feature_dim": 6},
+    "lagged-own-mass": {"normaliser": "own", "mix": "mass", "decay": "channel", "state_heads": "kv", **SMALL},
+    "lagged-scale": {"normaliser": "scale", "mix": "gate", "decay": "fixed", **SMALL},
+    "key-decay": {"feature_map": "elu", "decay": "key", "rope": False, "normaliser": "own", "window": 0,
+                  "coverage": "all", "state_heads": "kv"},
+}  # fmt: skip
+
+
+def small(spec: MixerSpec) -> MixerSpec:
+    """The same axes in sizes that the interpreter gets through: it takes milliseconds for every program."""
+    window = min(spec.window, 4 if spec.window % 2 == 0 else 5)
+    features = 6 if spec.feature_map in LEARNED_MAPS else None
+    return replace(spec, window=window, sinks=min(spec.sinks, 6), feature_dim=features)
+
+
+EVERY = all_specs() | {name: MixerSpec(**axes) for name, axes in EXTRA.items()}
+WIDE_SPECS = {
+    "pure": (replace(EVERY["pure"], feature_dim=40, window=4), 2, 1),
+    "wide-crelu": (
+        MixerSpec(feature_map="crelu", feature_dim=33, decay="scalar", dt_gain=True, own_qk=True, normaliser="scale",
+                  mix="sum", coverage="all", window=4, sinks=2), 2, 1,
+    ),
+    "wide-fixed": (
+        MixerSpec(feature_map="relu", feature_dim=40, decay="fixed", normaliser="own", window=0, coverage="all",
+                  mix="sum"), 2, 2,
+    ),
+}  # fmt: skip
+"""Mixers whose features are read in tiles, with query and key heads."""
+SPECS = {name: small(spec) for name, spec in EVERY.items() if spec.feature_map in MAPS}
+
+
+def build(spec: MixerSpec, heads: int, kv_heads: int, width: int) -> Mixer:
+    torch.manual_seed(1)
+    mixer = Mixer(spec, hidden_size=HIDDEN, num_heads=heads, num_kv_heads=kv_heads, head_dim=width, scaling=width**-0.5)
+    for p in mixer.parameters():
+        p.data += 0.2 * torch.randn_like(p)
+    return mixer
+
+
+def tokens(length: int, batch: int, heads: int, kv_heads: int, width: int) -> dict[str, torch.Tensor]:
+    draw = torch.Generator().manual_seed(length)
+    angle = torch.arange(length)[None, :, None] * (10.0 ** -torch.linspace(0, 3, width // 2)).repeat(2)
+    made = {
+        # The model's own strides: heads lie inside a token.
+        "q": torch.randn(batch, length, heads, width, generator=draw).transpose(1, 2),
+        "k": torch.randn(batch, length, kv_heads, width, generator=draw).transpose(1, 2),
+        "v": torch.randn(batch, length, kv_heads, width, generator=draw).transpose(1, 2),
+        "inputs": torch.randn(batch, length, HIDDEN, generator=draw),
+    }
+    return made | {"cos": angle.cos(), "sin": angle.sin()}
+
+
+def run(mixer: Mixer, x: dict[str, torch.Tensor], a: int, b: int, cache: LinearStateLayer) -> torch.Tensor:
+    return mixer(
+        *(x[name][:, :, a:b] for name in "qkv"),
+        inputs=x["inputs"][:, a:b],
+        rotation=(x["cos"][:, a:b], x["sin"][:, a:b]),
+        cache=cache,
+    )
+
+
+def kept(cache: LinearStateLayer, window: int) -> dict[str, torch.Tensor]:
+    """What a cache keeps; slots of the ring that left the window are nobody's, and the kernel leaves them."""
+    found = {name: x.clone() for name, x in cache.tensors.items()}
+    after = found["position"][:, None] - 1
+    for name in [x for x in found if x.startswith("ring_")]:
+        slot = torch.arange(2 * window)
+        place = after - (after - slot) % (2 * window)
+        live = (place >= 0) & (place >= ((after + 1) // window - 1) * window)
+        found[name] = found[name].masked_fill(~live.reshape(len(live), 1, -1, *[1] * (found[name].ndim - 3)), 0.0)
+    return found
+
+
+def assert_close(got: torch.Tensor, want: torch.Tensor, words: str, tolerance: float = 2e-6) -> None:
+    error = (got.double() - want.double()).norm() / want.double().norm().clamp_min(1e-3)
+    assert error < tolerance, f"{words}: {error:.1e}"
+
+
+def compare(
+    mixer: Mixer, x: dict[str, torch.Tensor], prefill: tuple[int, int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """All tokens of x one by one but those of `prefill`, by torch and by the kernel: outputs, and all that is kept."""
+    length, (start, end) = x["q"].shape[2], prefill
+    caches = {"torch": LinearStateLayer(), "triton": LinearStateLayer()}
+    out: dict[str, list[torch.Tensor]] = {"torch": [], "triton": []}
+    for backend, cache in caches.items():
+        places = set()
+        for a, b in (*((t, t + 1) for t in range(start)), (start, end), *((t, t + 1) for t in range(end, length))):
+            monkeypatch.setenv("LINEARIZE_KERNELS", backend if b == a + 1 else "torch")
+            out[backend].append(run(mixer, x, a, b, cache))
+            places.add(tuple(y.data_ptr() for y in cache.tensors.values()))
+        assert len(places) == 1, "addresses changed"
+    assert_close(torch.cat(out["triton"], 1), torch.cat(out["torch"], 1), "output")
+    one, other = (kept(caches[b], mixer.spec.window) for b in ("triton", "torch"))
+    assert one.keys() == other.keys()
+    for key in one:
+        assert_close(one[key], other[key], key)
+
+
+COVERED = ("hedgehog", "hybrid", "lolcats-hybrid", "shared-fixed-wide-sinks", "window-alone", "key-decay",
+           "map-softmax", "map-hedgehog_softmax", "map-hedgehog_exp", "map-relu", "map-elu")  # fmt: skip
+"""Mixers whose axes, and pairs of axes that meet in the kernel, all are in others: for a patient run."""
+
+
+@pytest.mark.parametrize("name", [pytest.param(x, marks=[pytest.mark.slow] * (x in COVERED)) for x in SPECS])
+@torch.no_grad()
+def test_steps_are_the_torch_steps(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """From nothing, then a prefill, then on past the end of several blocks."""
+    spec = SPECS[name]
+    window = spec.window or 4
+    length = 3 * window + 2
+    mixer, x = build(spec, 2, 1, 8), tokens(length, 1, 2, 1, 8)
+    compare(mixer, x, (window + 1, 2 * window - 2), monkeypatch)
+
+
+@pytest.mark.parametrize("name", ["pure", "wide-crelu", "wide-fixed"])
+@torch.no_grad()
+def test_wide_maps(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Features in three tiles, the last cut off; two sequences; one query head a state, or two."""
+    spec, heads, kv_heads = WIDE_SPECS[name]
+    monkeypatch.setattr(decode, "WIDE", 32)
+    mixer, x = build(spec, heads, kv_heads, 12), tokens(9, 2, heads, kv_heads, 12)
+    rule = step_rule(mixer.spec, mixer.head_dim, mixer.state_heads, mixer.scaling, True)
+    assert decode.wide(rule)
+    compare(mixer, x, (3, 5), monkeypatch)
+
+
+def test_the_widest_map() -> None:
+    """A map of 1024 features a sign is read in tiles; one whose features depend on each other cannot be."""
+    rule = step_rule(EVERY["pure"], 128, 8, 0.1, True)
+    assert decode.unable(replace(rule, width=1024), 128) is None
+    for other in ({"feature_map": "hedgehog_softmax"}, {"lagged": True}, {"write": "delta"}, {"decay": "channel"}):
+        assert "512 features" in str(decode.unable(replace(rule, width=1024, **other), 128))
+
+
+@pytest.mark.slow
+@torch.no_grad()
+def test_two_hundred_steps(monkeypatch: pytest.MonkeyPatch) -> None:
+    mixer, x = build(replace(EVERY["lolcats"], window=16, feature_dim=16), 1, 1, 16), tokens(200, 1, 1, 1, 16)
+    compare(mixer, x, (1, 3), monkeypatch)
+
+
+@pytest.mark.parametrize("name", ["gated-delta-lagged", "softmax-window-sinks"])
+@pytest.mark.parametrize("shape", [(4, 2, 24), (3, 3, 6), (4, 1, 16)])
+@torch.no_grad()
+def test_odd_heads(name: str, shape: tuple[int, int, int], monkeypatch: pytest.MonkeyPatch) -> None:
+    """Heads that are no power of two, all ratios of query to key heads, tiles of value channels."""
+    heads, kv_heads, width = shape
+    spec = SPECS[name]
+    mixer, x = build(spec, heads, kv_heads, width), tokens(2 * spec.window + 2, 1, heads, kv_heads, width)
+    compare(mixer, x, (2, 2 * spec.window - 3), monkeypatch)

@@ -1,0 +1,123 @@
+"""Feature maps inside the kernels of gated linear attention, in the interpreter, against features made in torch."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from linearize.modeling.feature_maps import ACTIVATIONS, BIASED
+from linearize_kernels.gated_mapped import MAPS, map_features, mapped_gated_linear
+
+BOUND = 1e-5
+"""Relative to the norm of what is compared."""
+
+
+def made(
+    name: str,
+    *,
+    batch=1,
+    heads=(2, 2, 1),
+    length=21,
+    size=12,
+    values=20,
+    width=24,
+    decay="scalar",
+    norm=False,
+    steep=1.0,
+):
+    """Inputs in float64: heads are query, state and key-value heads."""
+    draw = torch.Generator().manual_seed(length + width)
+
+    def normal(*shape: int) -> torch.Tensor:
+        return torch.randn(*shape, generator=draw, dtype=torch.float64)
+
+    queries, states, kv = heads
+    g = {"none": None, "fixed": -0.3 * normal(states).abs(), "scalar": -0.3 * normal(batch, states, length).exp()}
+    signs = 2 if name in ("hedgehog_exp", "hedgehog_softmax", "crelu") else 1
+    biased = name in BIASED
+    return {
+        "q": normal(batch, queries, length, size),
+        "k": normal(batch, kv, length, size),
+        "v": normal(batch, kv, length, values),
+        "log_decay": g[decay],
+        "q_weight": normal(queries, size, width) * size**-0.5 * steep,
+        "q_bias": normal(queries, width) * 0.3 if biased else None,
+        "k_weight": normal(states, size, width) * size**-0.5,
+        "k_bias": normal(states, width) * 0.3 if biased else None,
+        "state": normal(batch, states, signs * width, values + norm).abs(),
+    }
+
+
+def compare(x: dict, **options) -> None:
+    found = []
+    for dtype, backend in ((torch.float64, "torch"), (torch.float32, "triton")):
+        own = {name: None if t is None else t.to(dtype).requires_grad_() for name, t in x.items()}
+        out, last = mapped_gated_linear(**own, return_state=True, backend=backend, **options)
+        leaves = {name: t for name, t in own.items() if t is not None}
+        weights = [torch.randn(t.shape, generator=torch.Generator().manual_seed(3)).to(dtype) for t in (out, last)]
+        loss = (out * weights[0]).sum() + 0.1 * (last * weights[1]).sum()
+        gradients = torch.autograd.grad(loss, list(leaves.values()))
+        found.append({"out": out, "last": last} | {f"d{n}": t for n, t in zip(leaves, gradients)})
+    for name, right in found[0].items():
+        got = found[1][name].detach().double()
+        error = float((got - right.detach()).norm() / right.detach().norm())
+        assert error < BOUND, f"{name} is off by {error:.1e}"
+
+
+@pytest.mark.parametrize("name", MAPS)
+def test_the_maps_are_those_of_the_mixer(name: str) -> None:
+    x = made(name)
+    y = torch.einsum("bhtd,hdf->bhtf", 9 * x["q"], x["q_weight"])
+    want = ACTIVATIONS[name](y if x["q_bias"] is None else y + x["q_bias"][:, None])
+    torch.testing.assert_close(map_features(9 * x["q"], x["q_weight"], x["q_bias"], name), want)
+
+
+@pytest.mark.usefixtures("interpreter")
+@pytest.mark.parametrize("name", MAPS)
+def test_kernels_are_the_definition(name: str) -> None:
+    """Odd sizes, state heads that share keys, and (where denominators keep away from zero) a normaliser."""
+    normaliser = "none" if name == "linear" else "own"
+    compare(made(name, norm=normaliser == "own"), map=name, normaliser=normaliser, scale=0.7)
+
+
+@pytest.mark.usefixtures("interpreter")
+@pytest.mark.parametrize("name", ["hedgehog_exp", "hedgehog_softmax"])
+def test_query_heads_share_a_state_and_features_take_several_tiles(name: str) -> None:
+    compare(made(name, heads=(2, 1, 1), batch=2, length=17, width=80, decay="fixed"), map=name)
+
+
+@pytest.mark.usefixtures("interpreter")
+def test_exponents_stop_at_their_limit() -> None:
+    """Beyond it features are constant, and their gradient is nothing."""
+    compare(made("hedgehog_exp", heads=(1, 1, 1), norm=True, steep=9.0), normaliser="own")
+
+
+@pytest.mark.usefixtures("interpreter")
+def test_packed_sequences_are_each_alone() -> None:
+    x = made("hedgehog_exp", length=33, norm=True)
+    x["state"] = x["state"].expand(3, -1, -1, -1) * torch.arange(1, 4)[:, None, None, None]
+    compare(x, normaliser="own", cu_seqlens=torch.tensor([0, 18, 18, 33]))
+
+
+def test_other_decays_and_lags_are_served_from_features() -> None:
+    x = {name: None if t is None else t.float() for name, t in made("relu", decay="none").items()}
+    features = [map_features(x[n], x[f"{n}_weight"], x[f"{n}_bias"], "relu") for n in ("q", "k")]
+    from linearize_kernels.gated import gated_linear
+
+    want = gated_linear(*features, x["v"], state=x["state"], lag=True, chunk=16)
+    torch.testing.assert_close(mapped_gated_linear(**x, map="relu", lag=True, chunk=16), want)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"map": "taylor"}, "map 'taylor'"),
+        ({"q_bias": None}, "both have a bias"),
+        ({"k_weight": torch.zeros(2, 13, 24)}, "does not map"),
+        ({"lag": True, "backend": "triton"}, "features that are given"),
+    ],
+)
+def test_what_does_not_fit_is_refused_by_name(change: dict, message: str) -> None:
+    x = {name: t.float() for name, t in made("hedgehog_exp").items()}
+    with pytest.raises(ValueError, match=message):
+        mapped_gated_linear(**(x | change))
