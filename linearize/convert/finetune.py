@@ -37,6 +37,8 @@ from linearize.data import batches
 from linearize.errors import UsageError, VerificationError
 from linearize.progress import Progress
 from linearize.recipe import Finetune
+from linearize_kernels.backend import pick
+from linearize_kernels.distill import distill_loss
 
 IGNORE = -100
 """Label of a position that no loss is taken at."""
@@ -81,10 +83,35 @@ def backward_losses(
                 target = teacher.model(input_ids=ids, use_cache=False).last_hidden_state.flatten(0, 1)
     leaf = hidden.detach().flatten(0, 1).requires_grad_()
     flat = labels.flatten()
-    sums = [torch.zeros((), device=ids.device) for _ in range(2)]
+    heads = [student.lm_head] if target is None or teacher is None else [student.lm_head, teacher.lm_head]
+    if pick("auto", leaf, target) == "triton" and all(type(head) is nn.Linear and head.bias is None for head in heads):
+        theirs = {} if target is None else {"teacher_hidden": target, "teacher_weight": heads[-1].weight}
+        with autocast(ids.device):
+            loss, both = distill_loss(leaf, heads[0].weight, flat, **theirs, ce=ce, kl=kl, piece=PIECE)
+        (loss * scale).backward()
+    else:
+        both = _backward_by_pieces(student, teacher, leaf, target, flat, ce=ce, kl=kl, scale=scale)
+    assert leaf.grad is not None
+    hidden.backward(leaf.grad.view_as(hidden))
+    return both
+
+
+def _backward_by_pieces(
+    student: Any,
+    teacher: Any | None,
+    leaf: Tensor,
+    target: Tensor | None,
+    flat: Tensor,
+    *,
+    ce: float,
+    kl: float,
+    scale: float | Tensor,
+) -> Tensor:
+    """`backward_losses` from the hidden states on, in torch: the student's leaf, the teacher's target, flat labels."""
+    sums = [torch.zeros((), device=leaf.device) for _ in range(2)]
     for begin in range(0, len(flat), PIECE):
         part = slice(begin, begin + PIECE)
-        with autocast(ids.device):
+        with autocast(leaf.device):
             logits = student.lm_head(leaf[part])
             with torch.no_grad():
                 theirs = None if target is None or teacher is None else teacher.lm_head(target[part])
@@ -92,8 +119,6 @@ def backward_losses(
         ((ce * ce_sum + kl * kl_sum) * scale).backward()
         sums[0] += ce_sum.detach()
         sums[1] += kl_sum.detach()
-    assert leaf.grad is not None
-    hidden.backward(leaf.grad.view_as(hidden))
     return torch.stack(sums)
 
 

@@ -18,6 +18,7 @@ import torch.nn.functional as nnf
 from torch import nn
 
 from .feature_maps import SCALED, FeatureMap, OwnProjection, feature_size
+from .fused import mix as fused_mix
 from .gates import Decay, TokenGate, TokenScore
 from .layout import Layout
 from .mixer_spec import MixerSpec
@@ -55,6 +56,7 @@ class Mixer(nn.Module):
     branch alone and then over all past tokens, `none` gives zeros. `record` keeps `last_output` [B, T, H, D], and in
     `last_linear`, likewise, what the linear branch gives alone, where it reads the same tokens in the mix;
     `record_weights` keeps `last_weights` [N, H, L, L], each pair's share of the row, and runs the quadratic form.
+    `backend` is auto, torch or triton: which kernels mix whole sequences (fused.py) and single tokens.
     """
 
     def __init__(
@@ -68,6 +70,7 @@ class Mixer(nn.Module):
         self.value_size = head_dim + (spec.normaliser in ("shared", "own"))
         self.branches = "full"
         self.execution = "chunked"
+        self.backend = "auto"
         self.record = self.record_weights = False
         self.last_output: torch.Tensor | None = None
         self.last_linear: torch.Tensor | None = None
@@ -76,11 +79,7 @@ class Mixer(nn.Module):
         self.q_map = FeatureMap(spec.feature_map, num_heads, head_dim, spec.feature_dim)
         self.k_map = FeatureMap(spec.feature_map, self.state_heads, head_dim, spec.feature_dim)
         self.decay = Decay(
-            spec.decay,
-            power=spec.decay_power,
-            hidden_size=hidden_size,
-            heads=self.state_heads,
-            features=self.features,
+            spec.decay, power=spec.decay_power, hidden_size=hidden_size, heads=self.state_heads, features=self.features
         )
         if spec.own_qk:
             self.q_own = OwnProjection(hidden_size, num_heads, head_dim)
@@ -147,12 +146,15 @@ class Mixer(nn.Module):
             cache: a LinearStateLayer to continue from and write to, or None.
 
         Returns:
-            [B, T, H, D] in q's dtype; zeros at padding.
+            [B, T, H, D] in q's dtype (the fused ops: in autocast's, where it is on); zeros at padding.
         """
-        dtype, length = q.dtype, q.shape[2]
-        with torch.autocast(q.device.type, enabled=False):
+        dtype, length, kind = q.dtype, q.shape[2], q.device.type
+        wanted = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else dtype
+        with torch.autocast(kind, enabled=False):
             if self.branches == "none" or (self.branches == "linear" and self.spec.write == "none"):
                 out = torch.zeros_like(q)
+            elif (found := fused_mix(self, q, k, v, inputs, rotation, layout, cache, dtype=wanted)) is not None:
+                out, dtype = found, wanted
             elif cache is None:
                 out = self._aligned(q, k, v, inputs, rotation, layout, None)
             else:
@@ -171,10 +173,10 @@ class Mixer(nn.Module):
         if not cache.is_initialized:
             state.create(q, k)
         if q.shape[2] == 1 and layout is None:
-            return state.step(*self._token(q, k, v, inputs, rotation))
+            return state.read_token(q, k, v, inputs, rotation)
         return self._aligned(q, k, v, inputs, rotation, layout, state)
 
-    def _token(self, q, k, v, inputs, rotation):  # type: ignore[no-untyped-def]
+    def token_parts(self, q, k, v, inputs, rotation):  # type: ignore[no-untyped-def]
         """What one token brings, each without its time axis."""
         q, k, v, inputs = _precise(q, k, v, inputs)
         q_lin, k_lin = self.linear_qk(q, k, inputs, rotation)
@@ -344,16 +346,8 @@ class Mixer(nn.Module):
     def window_branch(self, q, k, v, sink_k, sink_v, *, first_block):  # type: ignore[no-untyped-def]
         """Of the softmax window: unnormalised numerator [N, H, L, D], denominator and largest score [N, H, L, 1]."""
         grouped = q.unflatten(1, (self.num_kv_heads, -1))
-        found = chunk_window(
-            grouped,
-            k,
-            v,
-            window=self.spec.window,
-            scale=self.scaling,
-            sink_k=sink_k,
-            sink_v=sink_v,
-            first_block=first_block,
-        )
+        options: dict[str, Any] = {"sink_k": sink_k, "sink_v": sink_v, "first_block": first_block}
+        found = chunk_window(grouped, k, v, window=self.spec.window, scale=self.scaling, **options)
         return tuple(x.flatten(1, 2) for x in found)
 
     def combine(self, window, linear, gate) -> torch.Tensor:  # type: ignore[no-untyped-def]

@@ -2,6 +2,7 @@
 
 Tokens live in the ring of the last two blocks while the window can see them. Where the linear branch reads only what
 lies outside the window, a block enters the state as a whole, the moment it can no longer be seen.
+Everything is written in place, so that addresses stay: a CUDA graph of one step then serves every step.
 Shapes as in mixer.py; Z sinks, W the window's block.
 """
 
@@ -10,6 +11,8 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 import torch
+
+from .mixer_decode import decode_token
 
 try:
     from linearize_kernels import step_delta, step_linear, step_window
@@ -47,7 +50,10 @@ class MixerState:
         def full(*shape: int, dtype: torch.dtype = precise) -> torch.Tensor:
             return torch.zeros(batch, *shape, dtype=dtype, device=q.device)
 
-        made = {"state": full(heads, mixer.features, mixer.value_size), "position": full(dtype=torch.long)}
+        made = {"state": full(heads, mixer.features, width), "position": full(dtype=torch.long)}
+        if mixer.value_size > width:
+            made["z"] = full(heads, mixer.features)
+            self.cache.workspace["z_next"] = torch.zeros_like(made["z"])
         if spec.window:
             made |= {f"ring_{x}": full(kv_heads, 2 * spec.window, width, dtype=k.dtype) for x in "kv"}
         if spec.sinks:
@@ -60,18 +66,55 @@ class MixerState:
         self.tensors.update(made)
         self.cache.is_initialized = True
 
+    def _put(self, name: str, value: torch.Tensor) -> None:
+        """Write a tensor in place; where gradients flow through it, put it in the old one's place instead."""
+        if torch.is_grad_enabled() and value.requires_grad:
+            self.tensors[name] = value
+        else:
+            self.tensors[name].copy_(value)
+
+    def _joined(self) -> torch.Tensor:
+        """The state as the linear branch takes it, the denominator its last column: [B, S, F, V]."""
+        state, z = self.tensors["state"], self.tensors.get("z")
+        return state if z is None else torch.cat((state, z.unsqueeze(-1)), dim=-1)
+
+    def _keep(self, joined: torch.Tensor) -> None:
+        """The reverse of `_joined`."""
+        width = self.mixer.head_dim
+        self._put("state", joined[..., :width])
+        if "z" in self.tensors:
+            self._put("z", joined[..., width])
+
+    def read_token(self, q, k, v, inputs, rotation) -> torch.Tensor:  # type: ignore[no-untyped-def]
+        """Read one token, arguments as Mixer.forward, by the decode kernel where it can serve; out [B, H, 1, D]."""
+        self._check_batch(q.shape[0])
+        self.cache.settle()
+        out = decode_token(self.mixer, self.cache, q, k, v, inputs, rotation)
+        if out is None:
+            return self.step(*self.mixer.token_parts(q, k, v, inputs, rotation))
+        self.cache.unsettled = True
+        self.cache.count(1)
+        if not self.cache.shared:
+            self.cache.settle()
+        return out
+
+    def _check_batch(self, batch: int) -> None:
+        held = self.tensors["position"].shape[0]
+        if batch != held:
+            raise ValueError(
+                f"the cache holds {held} rows, the input {batch} sequences; packed documents cannot be continued "
+                "from a cache"
+            )
+
     # -------------------------------------------------------------------------------------------------- many tokens
 
     def extend(self, q, k, v, q_lin, k_lin, g, beta, gate, valid) -> torch.Tensor:  # type: ignore[no-untyped-def]
         """Read tokens [B, ., L, .], of which `valid` [B, L] are real (None: all); returns out [B, H, L, D]."""
         mixer, spec, tensors = self.mixer, self.mixer.spec, self.tensors
         batch, length = k.shape[0], k.shape[2]
+        self._check_batch(batch)
+        self.cache.settle()
         before = tensors["position"]
-        if batch != before.shape[0]:
-            raise ValueError(
-                f"the cache holds {before.shape[0]} rows, the input {batch} sequences; packed documents "
-                "cannot be continued from a cache"
-            )
         if valid is None:
             after = before + length
         else:
@@ -92,7 +135,7 @@ class MixerState:
             found = mixer.window_branch(q_region, parts["k"], parts["v"], *sink, first_block=first_block)
             window = tuple(take(x, region.new) for x in found)
 
-        linear, state = None, tensors["state"]
+        linear, state = None, self._joined()
         if spec.lagged:
             k_region = parts["k"].repeat_interleave(mixer.state_heads // mixer.num_kv_heads, dim=1)
             place = region.start[:, None] + torch.arange(k_region.shape[2], device=k.device)
@@ -105,18 +148,17 @@ class MixerState:
             )
             linear = take(out, region.new)
             gone = (after // spec.window - 1).clamp_min(0) - first_block  # blocks that left the window
-            tensors["state"] = states[torch.arange(batch, device=k.device), :, gone]
+            self._keep(states[torch.arange(batch, device=k.device), :, gone])
         elif spec.write != "none":
             fk = mixer.map_keys(k_lin, g)
             fk = fk if valid is None else fk * keep_rows(valid, fk)
             linear, states = mixer.linear_branch(mixer.map_queries(q_lin), fk, v, g, beta, lag=False, state=state)
-            tensors["state"] = states[:, :, -1].clone()
+            self._keep(states[:, :, -1])
 
         if spec.window:
             self._store_ring(parts, region.start, after)
-        tensors["position"] = after
-        known = self.cache.uniform is not None and valid is None
-        self.cache.uniform = self.cache.uniform + length if known else None
+        self._put("position", after)
+        self.cache.count(length if valid is None else None)
         return mixer.combine(window, linear, gate)
 
     def _region(self, before: torch.Tensor, length: int) -> _Region:
@@ -143,7 +185,7 @@ class MixerState:
         index = (place - before[:, None]).clamp(0, k.shape[2] - 1)
         for name, x in (("sink_k", k), ("sink_v", v)):
             old = self.tensors[name]
-            self.tensors[name] = torch.where(keep_rows(arrived, old), take(x, index).to(old.dtype), old)
+            self._put(name, torch.where(keep_rows(arrived, old), take(x, index).to(old.dtype), old))
 
     def _store_ring(self, parts: dict[str, torch.Tensor], start: torch.Tensor, after: torch.Tensor) -> None:
         """Refill the ring from a region that begins at position `start`; slots out of sight become zero."""
@@ -156,7 +198,7 @@ class MixerState:
         for name, x in parts.items():
             old = self.tensors[f"ring_{name}"]
             index_here = index.clamp_max(x.shape[2] - 1)
-            self.tensors[f"ring_{name}"] = (take(x, index_here) * keep_rows(live, x)).to(old.dtype)
+            self._put(f"ring_{name}", (take(x, index_here) * keep_rows(live, x)).to(old.dtype))
 
     # ---------------------------------------------------------------------------------------------------- one token
 
@@ -168,33 +210,39 @@ class MixerState:
             self._store_sinks(k.unsqueeze(2), v.unsqueeze(2), position, position + 1)
         window, seen = None, torch.empty(0)
         if spec.window:
-            self._put(position, k=k, v=v, g=g, beta=beta)
+            self._put_token(position, k=k, v=v, g=g, beta=beta)
             seen = self._visible(position)
             window = self._read_window(q, seen, position)
         linear = None
         if spec.lagged:
-            state = tensors["state"]
             if g is not None:
                 ring_g = tensors["ring_g"]
                 past = (ring_g * keep_rows(seen, ring_g)).sum(2).exp()  # from the state's last write to now
                 past = past.unsqueeze(-1) if past.ndim == 2 else past
                 fq = fq * past.repeat_interleave(mixer.num_heads // mixer.state_heads, dim=1)
         elif spec.write != "none":
-            values = mixer.values(v)
-            write = step_linear if spec.write == "add" else step_delta
-            extra = () if beta is None else (beta,)
-            state = tensors["state"] = write(tensors["state"], fk, values, *extra, log_decay=g)
+            values = v.repeat_interleave(mixer.state_heads // mixer.num_kv_heads, dim=1)
+            if beta is None:
+                self._put("state", step_linear(tensors["state"], fk, values, log_decay=g))
+            else:
+                self._put("state", step_delta(tensors["state"], fk, values, beta, log_decay=g))
+            if "z" in tensors:
+                one = values.new_ones(*values.shape[:2], 1)
+                self._put("z", step_linear(tensors["z"].unsqueeze(-1), fk, one, log_decay=g).squeeze(-1))
         if spec.write != "none":
-            linear = torch.einsum("bsrf,bsfv->bsrv", fq.unflatten(1, (mixer.state_heads, -1)), state)
+            fq = fq.unflatten(1, (mixer.state_heads, -1))
+            linear = torch.einsum("bsrf,bsfv->bsrv", fq, tensors["state"])
+            if "z" in tensors:
+                linear = torch.cat((linear, torch.einsum("bsrf,bsf->bsr", fq, tensors["z"]).unsqueeze(-1)), dim=-1)
             linear = linear.flatten(1, 2).unsqueeze(2)
-        tensors["position"] = position + 1
-        self.cache.uniform = None if self.cache.uniform is None else self.cache.uniform + 1
+        self._put("position", position + 1)
+        self.cache.count(1)
         if spec.window:
             self._turn_block()
         expand = tuple(x.unsqueeze(2) for x in window) if window is not None else None
         return mixer.combine(expand, linear, None if gate is None else gate.unsqueeze(2))
 
-    def _put(self, position: torch.Tensor, **token: torch.Tensor | None) -> None:
+    def _put_token(self, position: torch.Tensor, **token: torch.Tensor | None) -> None:
         rows = torch.arange(position.shape[0], device=position.device)
         slot = position % (2 * self.mixer.spec.window)
         for name, x in token.items():
@@ -237,7 +285,7 @@ class MixerState:
         slot_block = torch.arange(2 * window, device=after.device) // window
         stale = rows[:, None] & (slot_block == (block % 2)[:, None])
         for name in [x for x in tensors if x.startswith("ring_")]:
-            tensors[name] = tensors[name].masked_fill(keep_rows(stale, tensors[name]), 0.0)
+            tensors[name].masked_fill_(keep_rows(stale, tensors[name]), 0.0)
 
     def _write_block(self, block: torch.Tensor, rows: torch.Tensor) -> None:
         """Write block number `block` [B] from the ring to the state, in the rows [B] that are due."""
@@ -249,8 +297,9 @@ class MixerState:
         fk = mixer.map_keys(k.repeat_interleave(mixer.state_heads // mixer.num_kv_heads, dim=1), g)
         fk = fk * keep_rows(block[:, None] * window + offset >= spec.sinks, fk)
         no_query = torch.zeros_like(fk).unsqueeze(2)
-        _, states = mixer.linear_branch(no_query, fk, v, g, beta, lag=True, state=tensors["state"])
-        tensors["state"] = torch.where(rows[:, None, None, None], states[:, :, -1], tensors["state"])
+        state = self._joined()
+        _, states = mixer.linear_branch(no_query, fk, v, g, beta, lag=True, state=state)
+        self._keep(torch.where(rows[:, None, None, None], states[:, :, -1], state))
 
 
 class _Region:

@@ -25,6 +25,7 @@ from .configuration_linearized import (
     LinearizedQwen3Config,
     head_sizes,
 )
+from .decode_graph import DecodeGraph, why_not
 from .layout import Layout, packed_layout, padded_layout
 from .mixer import BRANCHES, Mixer
 
@@ -128,13 +129,19 @@ class LinearizedModelMixin(MixerInitMixin):
             past_key_values = _adopt(past_key_values, config)
         elif past_key_values is None and use_cache:
             past_key_values = LinearizedCache(config)
-        layout = sequences(tokens, attention_mask, position_ids, fresh=not _has_read(past_key_values))
+        layout = None
+        if past_key_values is not None and past_key_values.stays_frozen(tokens.shape[1]):
+            # A step of `generate`: the mask's own length would change from step to step, and its zeros ask the host.
+            additive = config._attn_implementation == "eager"
+            attention_mask = past_key_values.decode_mask(self.dtype, additive=additive)  # type: ignore[attr-defined]
+        else:
+            layout = sequences(tokens, attention_mask, position_ids, fresh=not _has_read(past_key_values))
         if position_ids is None and config.linear_layers:
             position_ids = real_positions(tokens, layout, past_key_values, config.linear_layers[0])
         if len(config.linear_layers) == config.num_hidden_layers:
             # No layer reads a mask. A 4D one is handed through as it is, so that none of T x T is ever made.
             attention_mask = tokens.new_zeros((1, 1, 1, 1), dtype=torch.bool)
-        return super().forward(  # type: ignore[misc]
+        out = super().forward(  # type: ignore[misc]
             input_ids=input_ids,
             attention_mask=attention_mask,
             position_ids=position_ids,
@@ -144,18 +151,67 @@ class LinearizedModelMixin(MixerInitMixin):
             mixer_layout=layout,
             **kwargs,
         )
+        if past_key_values is not None:
+            past_key_values.settle()
+        return out
 
 
 class LinearizedCausalLMMixin(MixerInitMixin):
     """Model class, cache and generation of a converted causal LM."""
 
     model_class: type
+    decode_graphs = True
+    """Whether `generate` may decode by a CUDA graph; LINEARIZE_CUDA_GRAPHS=0 in the environment forbids it too."""
+    decode_graph_reason: str | None = None
+    """Why the last `generate` went without a graph."""
     _is_stateful = True  # assisted generation would have to take tokens back, and refuses
 
     def __init__(self, config: Any) -> None:
         super().__init__(config)  # type: ignore[call-arg]
         self.model = self.model_class(config)
         self.post_init()  # type: ignore[attr-defined]
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        """The forward; a step of `generate` by its CUDA graph, where there is one."""
+        graph = getattr(kwargs.get("past_key_values"), "graph", None)
+        if graph is not None and not args and graph.serves(kwargs):
+            return graph.run(kwargs["input_ids"], kwargs["position_ids"])
+        return super().__call__(*args, **kwargs)  # type: ignore[misc]
+
+    def plain_step(self, input_ids: torch.Tensor, position_ids: torch.Tensor, cache: LinearizedCache) -> Any:
+        """One token a row [B, 1], all of them real, without asking the host for anything."""
+        return super().forward(  # type: ignore[misc]
+            input_ids=input_ids, position_ids=position_ids, past_key_values=cache, use_cache=True, logits_to_keep=1
+        )
+
+    def generate(self, *args: Any, **kwargs: Any) -> Any:
+        """As transformers' generate; on a GPU the decode runs as a CUDA graph (decode_graph.py)."""
+        self._decoding: list[LinearizedCache] = []
+        try:
+            return super().generate(*args, **kwargs)  # type: ignore[misc]
+        finally:
+            for cache in self._decoding:
+                cache.thaw()
+            self._decoding = []
+
+    def _prefill(
+        self, input_ids: torch.Tensor, generation_config: Any, model_kwargs: Any, *args: Any, **kw: Any
+    ) -> Any:
+        """Transformers' prefill; then the cache takes the form in which a graph can read it."""
+        out = super()._prefill(input_ids, generation_config, model_kwargs, *args, **kw)  # type: ignore[misc]
+        cache = getattr(out, "past_key_values", None)
+        if isinstance(cache, LinearizedCache):
+            self.decode_graph_reason = why_not(self, cache)
+            if self.decode_graph_reason is None:
+                most = cache.get_seq_length() + max(generation_config.max_length - input_ids.shape[1], 0)
+                try:
+                    cache.freeze(most, model_kwargs.get("attention_mask"))
+                except ValueError as error:
+                    self.decode_graph_reason = str(error)
+                else:
+                    cache.graph = DecodeGraph(self, cache, most)
+                    self._decoding.append(cache)
+        return out
 
     def _prepare_cache_for_generation(self, generation_config: Any, model_kwargs: dict[str, Any], *args: Any) -> None:
         """A fresh LinearizedCache, whatever cache implementation was asked for; a given one is continued."""
