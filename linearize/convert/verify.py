@@ -7,6 +7,8 @@ import os
 import shutil
 import subprocess
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -22,6 +24,25 @@ NEW_TOKENS = 32
 RELATIVE = 1e-5
 """Allowed difference of a logit, relative to the largest one; the same code on the same device should give none."""
 CHILD_SECONDS = 1800
+
+
+DEFINITION = {"LINEARIZE_KERNELS": "torch"}
+"""Environment in which all mix by the definition: fused kernels round otherwise, and an export alone has none."""
+
+
+@contextmanager
+def by_definition() -> Iterator[None]:
+    """Within the block mixers that choose for themselves run on torch."""
+    before = {name: os.environ.get(name) for name in DEFINITION}
+    os.environ.update(DEFINITION)
+    try:
+        yield
+    finally:
+        for name, value in before.items():
+            if value is None:
+                os.environ.pop(name, None)
+            else:
+                os.environ[name] = value
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -44,8 +65,9 @@ def expect(model: Any, tokenizer: Any, ids: Tensor) -> Expected:
     """Logits of ids [B, T] and the greedy continuation of the first quarter of the first row."""
     prompt = max(1, ids.shape[1] // 4)
     ids = ids.to(model.device)
-    logits = model(input_ids=ids, use_cache=False).logits.float().cpu()
-    greedy = model.generate(ids[:1, :prompt], do_sample=False, num_beams=1, max_new_tokens=NEW_TOKENS)[0].tolist()
+    with by_definition():
+        logits = model(input_ids=ids, use_cache=False).logits.float().cpu()
+        greedy = model.generate(ids[:1, :prompt], do_sample=False, num_beams=1, max_new_tokens=NEW_TOKENS)[0].tolist()
     return Expected(ids=ids.cpu(), prompt=prompt, logits=logits, tokens=greedy, text=tokenizer.decode(greedy))
 
 
@@ -94,12 +116,16 @@ def _ask(
     }
     path = room / f"{mode}-request.json"
     path.write_text(json.dumps(request))
-    environment = os.environ | {
-        "HF_MODULES_CACHE": str(room / f"{mode}-modules"),
-        "HF_HUB_OFFLINE": "1",
-        "CUBLAS_WORKSPACE_CONFIG": ":4096:8",
-        "PYTHONDONTWRITEBYTECODE": "1",
-    }
+    environment = (
+        os.environ
+        | DEFINITION
+        | {
+            "HF_MODULES_CACHE": str(room / f"{mode}-modules"),
+            "HF_HUB_OFFLINE": "1",
+            "CUBLAS_WORKSPACE_CONFIG": ":4096:8",
+            "PYTHONDONTWRITEBYTECODE": "1",
+        }
+    )
     child = Path(__file__).with_name("reload_child.py")
     try:
         done = subprocess.run(
