@@ -6,14 +6,14 @@ import json
 import shutil
 from pathlib import Path
 
+import hypothesis
 import pytest
+import torch
 
 from linearize.artifacts import load
 from linearize.artifacts.config_reader import build_config, read_config
 from linearize.artifacts.load import check_checkpoint, load_model, load_tokenizer, resolve, select_device, select_dtype
 from linearize.errors import LinearizeError, RefusedError, UsageError
-
-torch = pytest.importorskip("torch")
 
 
 @pytest.fixture(scope="module")
@@ -285,7 +285,6 @@ def test_missing_files(folder, tmp_path):
 
 
 def test_random_config_damage_only_raises_our_errors(folder):
-    hypothesis = pytest.importorskip("hypothesis")
     some = hypothesis.strategies
     original = json.loads((folder / "config.json").read_text())
     leaves = some.none() | some.booleans() | some.integers() | some.floats() | some.text(max_size=9)

@@ -128,7 +128,6 @@ def test_bos_stands_before_each_document_and_every_epoch_is_shuffled() -> None:
     assert sorted(map(tuple, rows[:per_epoch])) != sorted(map(tuple, rows[per_epoch : 2 * per_epoch]))
 
 
-@pytest.mark.skipif(not hasattr(torch.optim, "Muon"), reason="this torch has no Muon")
 def test_each_parameter_has_one_optimizer_and_only_matrices_decay() -> None:
     tokenizer = pretrain_demo.train_tokenizer(["some text"], 300)
     model = build_model("qwen2", "tiny", tokenizer=tokenizer, context=64)
