@@ -112,7 +112,8 @@ def keys_kernel(
     along_before = tl.zeros([C], tl.float32)
     along = tl.zeros([C], tl.float32)
     kept = 0.0
-    for f in range(0, F, BF):
+    # Unrolled: in a loop ptxas before 13.4 overwrites the registers of a left factor that outlives the turn.
+    for f in tl.static_range(0, F, BF):
         channel = f + tl.arange(0, BF)
         k_rows = load_rows(k, skt, i, left, channel, F, BF)
         d_rows = tl.dot(d_lower, k_rows, input_precision=PREC)

@@ -138,7 +138,7 @@ def outputs(
     chunk: int,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """o [B, H, T, V] over memory [B, T, H, V], and scale times the denominators [B, H, T] (empty without them)."""
-    config = gated_out(plan.capability, plan.features, plan.values, q.dtype, plan.decay)
+    config = gated_out(plan.capability, plan.features, plan.values, q.dtype, plan.decay, norm=plan.norm)
     table, _, count = plan.chunks(chunk)
     shape = (plan.batch, plan.length, plan.heads, plan.values)
     out = empty(shape, dtype=v.dtype, device=q.device).transpose(1, 2)
@@ -163,7 +163,7 @@ def gate_cases(arch: int = 90) -> list[tuple[Any, dict[str, str], dict[str, Any]
         (128, 128, "channel", False),
         (512, 64, "scalar", True),
     ):
-        config = gated_out(arch, features, values, torch.bfloat16, decay)
+        config = gated_out(arch, features, values, torch.bfloat16, decay, norm=norm)
         chunk = gated_chunk(arch, features, values, torch.bfloat16, decay, backward=False)
         options = {name: config.pop(name) for name in ("num_warps", "num_stages")}
         constants: dict[str, Any] = dict(
