@@ -11,6 +11,7 @@ linear layer has a fixed size and address, so one graph serves every step. Kept 
 from __future__ import annotations
 
 import os
+import threading
 from typing import Any
 
 import torch
@@ -66,6 +67,17 @@ def hooks(module: torch.nn.Module) -> list[Any]:
 def is_own_hook(hook: Any) -> bool:
     """Whether a hook is one that transformers puts in to collect outputs: nobody asks for those in a replay."""
     return str(getattr(hook, "__module__", "")).startswith("transformers.")
+
+
+_threads = threading.local()
+
+
+def capture_stream(device: torch.device) -> Any:
+    """The stream that this thread captures on: one for all graphs, for libraries keep a workspace for every stream."""
+    known = _threads.__dict__.setdefault("streams", {})
+    if device not in known:
+        known[device] = torch.cuda.Stream(device)
+    return known[device]
 
 
 def is_graph_device(device: torch.device) -> bool:
@@ -127,8 +139,8 @@ class DecodeGraph:
         self.logits = self.model.plain_step(self.ids, self.positions, self.cache).logits
 
     def warm_up(self) -> None:
-        """A real step, on the stream that captures: libraries keep a workspace for every stream."""
-        self.stream = torch.cuda.Stream(self.model.device)
+        """A real step, on the stream that captures: what libraries allocate for a stream is then there."""
+        self.stream = capture_stream(self.model.device)
         self.stream.wait_stream(torch.cuda.current_stream(self.model.device))
         with torch.cuda.stream(self.stream):
             self.step()

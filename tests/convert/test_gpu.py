@@ -42,7 +42,6 @@ def test_resume_on_a_gpu(teacher_folder: Path, text_file: Path, tmp_path: Path, 
         options = [o for o in options if "window" not in o and "targets" not in o and "full" not in o]
     common: dict[str, Any] = {"recipe": recipe, "data": str(text_file), "overrides": options}
     whole = convert(teacher_folder, tmp_path / "whole", **common)
-    assert whole["stages"]["align"]["loss_last"] < whole["stages"]["align"]["loss_first"]
     assert all(way["max_abs_difference"] == 0.0 for way in whole["verification"].values())
     for stage, resume in (("align", False), ("finetune", True)):
         with pytest.raises(KeyboardInterrupt):

@@ -74,7 +74,8 @@ def assert_as_good(x: dict, weight: torch.Tensor, exact, ours, low) -> None:
 @pytest.mark.parametrize("decay", ["none", "fixed", "scalar", "channel"])
 @pytest.mark.parametrize(
     ("heads", "length", "features", "values"),
-    [((4, 4, 2), 333, 128, 128), ((4, 2, 1), 130, 64, 64), ((2, 2, 2), 65, 96, 256), ((2, 2, 2), 200, 512, 64)],
+    # The last has many heads: a fixed decay has one gradient a head, and of two numbers luck decides.
+    [((4, 4, 2), 333, 128, 128), ((4, 2, 1), 130, 64, 64), ((2, 2, 2), 65, 96, 256), ((8, 8, 4), 200, 512, 64)],
 )
 def test_bfloat16_is_as_good_as_torchs(heads, length, features, values, decay, norm) -> None:
     x = made(decay, heads, length, features, values, norm)

@@ -105,10 +105,10 @@ def test_a_replay_reads_no_more_after_many_tokens() -> None:
     """The memory that a decoding model holds does not grow."""
     student = convert(teacher("llama"), SPECS["lolcats"]).cuda().bfloat16()
     peaks = []
-    for tokens in (200, 400):
+    for tokens in (40, 200, 400):  # the first compiles, and libraries make their workspaces
         torch.cuda.synchronize()
         torch.cuda.reset_peak_memory_stats()
         student.generate(ids(2, 40).cuda(), max_new_tokens=tokens, min_new_tokens=tokens, **GREEDY)
         peaks.append(torch.cuda.max_memory_allocated())
     assert student.decode_graph_reason is None
-    assert peaks[1] - peaks[0] < 1e5
+    assert peaks[2] - peaks[1] < 1e5
