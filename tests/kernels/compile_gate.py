@@ -35,6 +35,9 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+sys.path.append(str(Path(__file__).parent))
+from machine_code import overwritten, refilled
+
 ARCHITECTURES = (80, 90, 100)
 MAIN = 90
 """The card that kernels are tuned for."""
@@ -68,6 +71,8 @@ class Compiled:
     tensor_instructions: int
     has_dot: bool
     """Whether the source multiplies matrices."""
+    faults: tuple[str, ...] = ()
+    """Known faults of the compilers that the machine code shows (machine_code.py)."""
 
     def complaints(self) -> list[str]:
         """What is wrong with it, in words; empty where nothing is."""
@@ -79,7 +84,7 @@ class Compiled:
             found.append(f"needs {self.shared} bytes of shared memory of {SHARED_LIMIT[self.arch]}")
         if self.has_dot and not self.tensor_instructions:
             found.append("multiplies matrices without tensor cores")
-        return [f"{self.label} on sm_{self.arch}: {x}" for x in found]
+        return [f"{self.label} on sm_{self.arch}: {x}" for x in (*found, *self.faults)]
 
 
 def compiled(
@@ -108,11 +113,12 @@ def compiled(
             attributes[(place,)] = [["tt.divisibility", 16]]
     source = ASTSource(kernel, signature=types, constexprs=dict(constants), attrs=attributes)
     made = triton.compile(source, target=GPUTarget("cuda", arch, 32), options=options)
-    tool = Path(triton.__file__).parent / "backends/nvidia/bin/cuobjdump"
+    tools = Path(triton.__file__).parent / "backends/nvidia/bin"
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(made.asm["cubin"])
         file.flush()
-        usage, code = (_output([str(tool), flag, file.name]) for flag in ("-res-usage", "-sass"))
+        usage = _output([str(tools / "cuobjdump"), "-res-usage", file.name])
+        code = _output([str(tools / "nvdisasm"), "-c", file.name])
     found = re.search(r"REG:(\d+) STACK:(\d+) SHARED:\d+ LOCAL:(\d+)", usage)
     if found is None:
         raise RuntimeError(f"cuobjdump -res-usage said nothing of registers: {usage[:200]!r}")
@@ -126,6 +132,7 @@ def compiled(
         shared=made.metadata.shared,
         tensor_instructions=len(TENSOR_CORE.findall(code)),
         has_dot="tt.dot" in made.asm["ttir"],
+        faults=(*overwritten(code), *refilled(made.asm["ttgir"])) if arch == MAIN else (),
     )
 
 

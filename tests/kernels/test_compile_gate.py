@@ -105,3 +105,55 @@ def test_the_gate_sees_spills_and_tensor_cores(tmp_path: Path, monkeypatch: pyte
     assert replace(few, release=gate.TUNED).complaints() and not replace(few, release=(3, 5)).complaints()
     assert "shared memory" in replace(fits[0], shared=gate.SHARED_LIMIT[80] + 1).complaints()[0]
     assert "tensor cores" in replace(fits[0], tensor_instructions=0).complaints()[0]
+
+
+SASS = """
+        /*0000*/                   F2FP.BF16.F32.PACK_AB R8, R1, R2 ;
+        /*0010*/                   F2FP.BF16.F32.PACK_AB R9, R1, R2 ;
+        /*0020*/                   F2FP.BF16.F32.PACK_AB R10, R1, R2 ;
+        /*0030*/                   F2FP.BF16.F32.PACK_AB R11, R1, R2 ;
+.L_x_0:
+        /*0040*/                   HGMMA.64x64x16.F32.BF16 R24, R8, gdesc[UR8].tnspB, R24, gsb0 ;
+        /*0050*/                   WARPGROUP.DEPBAR.LE gsb0, 0x0 ;
+        /*0060*/                   {code} ;
+        /*0070*/               @P1 BRA `(.L_x_0) ;
+        /*0080*/                   EXIT ;
+"""
+
+
+@pytest.mark.parametrize(
+    ("code", "wrong"),
+    [
+        ("LDSM.16.M88.4 R8, [R7+UR4]", True),
+        ("LDG.E.128 R4, desc[UR4][R2.64]", False),
+        ("LDG.E.128 R6, desc[UR4][R2.64]", True),
+        ("@!P0 FADD R11, R1, R2", True),
+        ("STS.128 [R8+UR4], R12", False),
+        ("FADD R12, R8, R2", False),
+    ],
+)
+def test_the_gate_sees_a_left_factor_that_a_loop_overwrites(code: str, wrong: bool) -> None:
+    found = gate.overwritten(SASS.replace("{code}", code))
+    assert bool(found) is wrong
+    assert not wrong or "R8" in found[0] or "R11" in found[0]
+
+
+def test_a_left_factor_that_each_turn_makes_is_its_own() -> None:
+    made = SASS.replace(".L_x_0:\n", "").replace("\n        /*0000*/", "\n.L_x_0:\n        /*0000*/")
+    assert gate.overwritten(made.replace("{code}", "LDSM.16.M88.4 R8, [R7+UR4]")) == []
+
+
+TTGIR = """
+    %q = ttg.local_alloc : () -> !ttg.memdesc<SLOTSx64x64xbf16, #shared, #smem, mutable>
+    %view = ttg.memdesc_index %q[%i] : !ttg.memdesc<1x64x64xbf16> -> !ttg.memdesc<64x64xbf16>
+    %turned = ttg.memdesc_trans %view {order = array<i32: 1, 0>}
+    %a = ttng.warp_group_dot %turned, %k, %acc {isAsync = true}
+    %b = ttng.warp_group_dot_wait %a, %view {pendings = LATE : i32}
+    %c = ttg.async_copy_global_to_local %at, %view mask %m
+"""
+
+
+@pytest.mark.parametrize(("slots", "late", "wrong"), [(1, 2, True), (2, 2, False), (1, 0, False)])
+def test_the_gate_sees_a_slot_that_is_refilled_too_soon(slots: int, late: int, wrong: bool) -> None:
+    found = gate.refilled(TTGIR.replace("SLOTS", str(slots)).replace("LATE", str(late)))
+    assert bool(found) is wrong
