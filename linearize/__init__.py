@@ -22,10 +22,28 @@ from typing import Any
 from linearize._version import __version__
 from linearize.registration import register_when_needed
 
-__all__ = ["__version__", "audit", "convert", "evaluate", "load", "recall", "select"]
+__all__ = [
+    "__version__",
+    "audit",
+    "bench",
+    "convert",
+    "evaluate",
+    "evaluate_tasks",
+    "import_lolcats",
+    "load",
+    "push",
+    "recall",
+    "report",
+    "select",
+    "verify",
+]
 
-_ROOMS = ("convert", "evaluate")
+_ROOMS = ("convert", "evaluate", "report")
 """Functions of the API that share their name with the subpackage behind them."""
+_ELSEWHERE = {"bench": "linearize.evaluate.speed", "evaluate_tasks": "linearize.evaluate.tasks"}
+_ELSEWHERE["verify"] = "linearize.artifacts.verify"
+_ELSEWHERE["push"] = "linearize.artifacts.hub"
+"""Functions of the API that are defined where they work."""
 
 
 class _Room(ModuleType):
@@ -55,8 +73,10 @@ class _Package(ModuleType):
 def __getattr__(name: str) -> Any:
     if name in _ROOMS:
         return importlib.import_module(f"linearize.{name}")
-    if name in ("load", "audit", "recall", "select"):
+    if name in ("load", "import_lolcats", "audit", "recall", "select"):
         return getattr(importlib.import_module("linearize.api"), name)
+    if name in _ELSEWHERE:
+        return getattr(importlib.import_module(_ELSEWHERE[name]), name)
     raise AttributeError(f"module 'linearize' has no attribute {name!r}")
 
 

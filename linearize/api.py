@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import time
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from linearize.errors import UsageError
@@ -29,6 +30,8 @@ def convert(
     overrides: Sequence[str] | Mapping[str, Any] = (),
     resume: bool = False,
     progress: Progress | None = None,
+    report_to: str = "none",
+    stream: bool | None = None,
 ) -> dict[str, Any]:
     """Convert a softmax model into a linear one, verify the export and return its report.
 
@@ -40,38 +43,106 @@ def convert(
         overrides: `["align.tokens=2M"]` or `{"align.tokens": 2_000_000}`.
         resume: go on where an interrupted run of the same recipe stopped.
         progress: where to report to; None: nowhere.
+        report_to: a tracker that is given the figures of every step: trackio | wandb | tensorboard | none.
+        stream: convert a layer at a time, for a teacher larger than memory (docs/memory.md); it cannot finetune.
+            None: where the ordinary way does not fit into memory.
 
     Raises:
         UsageError: bad input. RefusedError: refused before any work. VerificationError: the result does not hold.
     """
     plan = load_recipe(recipe, overrides)
     from linearize.convert.early import refuse_early
+    from linearize.tracking import require_tracker
 
+    require_tracker(report_to)
     refuse_early(model, out, data, resume=resume)  # torch and transformers take seconds to import
     from linearize.convert.pipeline import convert as run
     from linearize.progress import NullProgress
 
     return run(
-        os.fspath(model), os.fspath(out), recipe=plan, data=data, resume=resume, progress=progress or NullProgress()
+        os.fspath(model),
+        os.fspath(out),
+        recipe=plan,
+        data=data,
+        resume=resume,
+        progress=progress or NullProgress(),
+        report_to=report_to,
+        stream=stream,
+    )
+
+
+def import_lolcats(
+    base: PathLike,
+    out: PathLike,
+    *,
+    distilled: PathLike,
+    finetuned: PathLike | None = None,
+    window: int | None = None,
+    lora_alpha: float | None = None,
+    device: str = "auto",
+    dtype: str = "auto",
+    progress: Progress | None = None,
+) -> dict[str, Any]:
+    """Put LoLCATs' published weights onto their base model, export and verify it; nothing is trained or unpickled.
+
+    Args:
+        base: the Llama or Mistral they were made from: a folder, a Hub id, or `demo`.
+        out: the folder to make; it must not exist or be empty.
+        distilled: the `.pt` with the feature maps and window factors.
+        finetuned: the `.pt` with the low-rank adapters, which are merged in float32.
+        window: tokens of the window's block; None: what the file's name says (`wtk64`), else 64.
+        lora_alpha: the adapters are scaled by alpha / rank; None: 2, as in every published configuration.
+        device: auto | cpu | cuda | cuda:N.
+        dtype: of the export: auto (the base's) | float32 | bfloat16 | float16.
+        progress: where to report to; None: nowhere.
+
+    Returns:
+        out, model, format, family, dtype, device, layers {linear, softmax}, window, feature_dim, lora, parameters,
+        state_bytes, break_even_context, merge_error, verification, notes, seconds.
+
+    Raises:
+        UsageError: bad input, such as a file that holds more than tensors, or an attention that no mixer here computes
+            exactly. RefusedError: refused before any work. VerificationError: the export is not what was made.
+    """
+    from linearize.convert.early import require_out
+
+    require_out(Path(os.path.abspath(out)), resume=False)
+    for path in (distilled, finetuned):
+        if path is not None and not Path(path).is_file():
+            raise UsageError(f"there is no file {os.fspath(path)}", "Give the .pt file that was published.")
+    from linearize.convert.lolcats_import import import_lolcats as run
+
+    return run(
+        os.fspath(base),
+        os.fspath(out),
+        distilled=distilled,
+        finetuned=finetuned,
+        window=window,
+        lora_alpha=lora_alpha,
+        device=device,
+        dtype=dtype,
+        progress=progress,
     )
 
 
 def load(
-    model: PathLike, *, device: str = "auto", dtype: str = "auto"
+    model: PathLike, *, revision: str | None = None, device: str = "auto", dtype: str = "auto"
 ) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
     """A model, native or converted, in eval mode, and its tokenizer. No code of the checkpoint is ever run.
 
     Args:
-        model: a folder, a Hub id, or `demo`.
+        model: a folder, a Hub id, or `demo`. A Hub id may be `owner/name@REVISION`, here and wherever a model is named.
+        revision: the same, apart: a commit, a tag or a branch.
         device: auto | cpu | cuda | cuda:N.
         dtype: auto (as stored) | float32 | bfloat16 | float16.
 
     Raises:
         UsageError: no such model, or a family that is not supported. RefusedError: the checkpoint is damaged.
     """
+    from linearize.artifacts.download import pin
     from linearize.artifacts.load import load_model, load_tokenizer, resolve
 
-    path = resolve(os.fspath(model))
+    path = resolve(pin(model, revision))
     return load_model(path, device=device, dtype=dtype), load_tokenizer(path)
 
 
@@ -88,10 +159,12 @@ def evaluate(
 ) -> dict[str, Any]:
     """Perplexity per word, byte and token and bits per byte, with the name of the protocol that they follow.
 
+    Of a masked language model: how well it finds hidden tokens; see `linearize.evaluate.masked.evaluate_masked`.
+
     Args:
         model: a folder, a Hub id, `demo`, or what `load` returned.
         data: a text file or folder, a Hub data set id, or `demo` (its held-out part).
-        protocol: `lm-eval/wikitext`, `concat@N` or `documents@N`; None: `concat` at `context`.
+        protocol: `lm-eval/wikitext`, `concat@N` or `documents@N`; None: `concat` at `context`. Masked: `masked@N`.
         context: tokens of one window; None: the model's own, at most 1024.
         against: the teacher, measured in the same run.
         device: auto | cpu | cuda | cuda:N.
@@ -101,8 +174,14 @@ def evaluate(
     Raises:
         UsageError: bad input. RefusedError: too little text, or a damaged checkpoint.
     """
-    from linearize.evaluate.perplexity import evaluate as run
+    from linearize.artifacts.kind import is_masked
+    from linearize.artifacts.load import resolve
 
+    run: Any
+    if is_masked(model[0] if isinstance(model, tuple) else resolve(model)):
+        from linearize.evaluate.masked import evaluate_masked as run
+    else:
+        from linearize.evaluate.perplexity import evaluate as run
     return run(
         model,
         data=data,
@@ -124,6 +203,7 @@ def audit(
     device: str = "auto",
     dtype: str = "auto",
     max_windows: int | None = 64,
+    save: bool = False,
 ) -> dict[str, Any]:
     """Recovery R, the branch audit and perplexity by position of a converted model beside its teacher.
 
@@ -135,13 +215,23 @@ def audit(
         device: auto | cpu | cuda | cuda:N.
         dtype: auto (as stored on a GPU, float32 on a CPU) | float32 | bfloat16 | float16.
         max_windows: read only this many texts of `context` tokens; None: all.
+        save: write the figures into the manifest and the model card of `out`, a folder.
 
     Raises:
-        UsageError: bad input, such as a model that is not a converted one. RefusedError: too little text.
+        UsageError: bad input, such as a model that is not a converted one. RefusedError: too little text, or figures
+            against a model that is not its teacher are to be saved.
     """
+    if save:
+        from linearize.artifacts.quality import require_savable, save_audit
+
+        folder = require_savable(out, against)
     from linearize.evaluate.recovery import audit as run
 
-    return run(out, against=against, data=data, context=context, device=device, dtype=dtype, max_windows=max_windows)
+    report = run(out, against=against, data=data, context=context, device=device, dtype=dtype, max_windows=max_windows)
+    if save:
+        assert not isinstance(against, tuple)  # it was refused
+        save_audit(folder, report, against=os.fspath(against))
+    return report
 
 
 def recall(
@@ -221,12 +311,15 @@ def select(
         UsageError: bad input. RefusedError: too little text. VerificationError: the alignment died.
     """
     plan = load_recipe(recipe, overrides)
+    from linearize.artifacts.kind import require_causal
     from linearize.artifacts.load import resolve
     from linearize.convert.families import require_family
     from linearize.data import require_place
 
     require_place(data)  # before torch and transformers, which take seconds to import
-    require_family(resolve(os.fspath(model)))
+    folder = resolve(os.fspath(model))
+    require_family(folder)
+    require_causal(folder, os.fspath(model), "Name the layers that stay softmax yourself: keep_softmax=[0,5]")
     from linearize.convert.select import select as run
 
     return run(
@@ -238,6 +331,54 @@ def select(
         align_tokens=align_tokens,
         max_windows=max_windows,
         progress=progress,
+    )
+
+
+def report(
+    run: PathLike,
+    *,
+    out: PathLike | None = None,
+    against: PathLike | None = None,
+    data: str | None = None,
+    bench: PathLike | None = None,
+    layer: int | None = None,
+    head: int | None = None,
+    context: int | None = None,
+    device: str = "auto",
+    dtype: str = "auto",
+) -> dict[str, Any]:
+    """Write what a conversion did, and what it is worth, into one self-contained HTML file.
+
+    Args:
+        run: the converted model: a folder, or a Hub id.
+        out: the file; None: RUN-report.html beside RUN. A file that is no report is never replaced.
+        against: its teacher, and
+        data: some text: with both, recovery, branches and attention maps are measured and shown.
+        bench: rows of `bench`, as JSON or JSON lines, for curves of speed and memory.
+        layer, head: of the attention maps that are shown first.
+        context: tokens of one text of the audit; None: the one it was trained with.
+        device: auto | cpu | cuda | cuda:N.
+        dtype: auto (as stored on a GPU, float32 on a CPU) | float32 | bfloat16 | float16.
+
+    Returns:
+        file, bytes, sections, left_out (a line for each part that lacks its facts), audit and attention.
+
+    Raises:
+        UsageError: bad input. RefusedError: `out` is another file, or there is too little text.
+    """
+    from linearize.report.make import report as run_report
+
+    return run_report(
+        os.fspath(run),
+        out=out,
+        against=None if against is None else os.fspath(against),
+        data=data,
+        bench=None if bench is None else os.fspath(bench),
+        layer=layer,
+        head=head,
+        context=context,
+        device=device,
+        dtype=dtype,
     )
 
 
@@ -257,10 +398,14 @@ def generate(
         prompt, completion, text (both), new_tokens, seconds (of generation), tokens_per_second, device, dtype.
 
     Raises:
-        UsageError: bad input, such as an empty prompt for a tokenizer without a BOS token.
+        UsageError: bad input, such as an empty prompt for a tokenizer without a BOS token, or a masked language model.
     """
     import torch
 
+    from linearize.artifacts.kind import require_causal
+    from linearize.artifacts.load import resolve
+
+    require_causal(resolve(os.fspath(model)), os.fspath(model), "Use: transformers.pipeline('fill-mask', model=OUT)")
     loaded, tokenizer = load(model, device=device, dtype=dtype)
     ids = tokenizer(prompt, return_tensors="pt")["input_ids"].to(loaded.device).long()
     if ids.shape[1] == 0:

@@ -1,31 +1,46 @@
 """Text in, windows of tokens out: files, folders, the Hub and the demo; packing; the order of batches.
 
-Nothing here needs torch or transformers, and `datasets` is imported only to read from the Hub.
+Nothing here needs torch or transformers; `datasets` is imported only to read from the Hub, pyarrow for tables.
 """
 
 from __future__ import annotations
 
-import gzip
 import hashlib
-import json
-import lzma
 import re
-import zlib
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from linearize.errors import RefusedError, UsageError, did_you_mean
+from linearize.records import (
+    Record,
+    demo_records,
+    file_records,
+    files_of,
+    folder_records,
+    format_of,
+    require_readable,
+)
 
 if TYPE_CHECKING:
     import numpy as np
 
-FORMATS = (".jsonl", ".json", ".txt")
-OPENERS: dict[str, Any] = {".gz": gzip.open, ".xz": lzma.open}
-SUFFIX = re.compile(r"^(?P<place>.+):(?P<key>source|config)=(?P<value>[^:]+)$")
+SUFFIX = re.compile(r"^(?P<place>.+):(?P<key>[a-z_]+)=(?P<value>[^:]+)$")
 HUB_ID = re.compile(r"^[A-Za-z0-9][\w.-]*/[\w.-]+$")
-FIELD = "text"
+OPTIONS: dict[str, tuple[str, ...]] = {
+    "source": ("file", "folder", "hub"),
+    "column": ("file", "folder", "hub"),
+    "split": ("hub", "folder", "demo"),
+    "config": ("hub",),
+    "revision": ("hub",),
+    "shuffle": ("file", "folder", "hub", "demo"),
+    "documents": ("file", "folder", "hub", "demo"),
+}
+"""What may stand after a place, and the kinds of places it has a meaning for."""
+_PLACES = "Give a text file, a folder of them, a Hub data set (owner/name) or demo."
+BUFFER = 10_000
+"""Documents that are read ahead to shuffle them."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -54,18 +69,33 @@ def load_texts(
 
 
 def load_source(
-    data: str, *, split: str | None = None, source: str | None = None, limit_bytes: int | None = None
+    data: str,
+    *,
+    split: str | None = None,
+    source: str | None = None,
+    limit_bytes: int | None = None,
+    packed: bool = False,
 ) -> tuple[list[str], Source]:
     """Read documents, in a fixed order, and say what was read.
 
-    `data` is a .jsonl, .json or .txt file (also .gz, .xz), a folder of those, `demo`, or a Hub dataset
-    `owner/name`. A line of a jsonl file is an object with a string field "text"; a .txt file is one document.
-    `PLACE:source=NAME` (or `source`) keeps the records whose field "source" is NAME; `HUB_ID:config=NAME` picks a
-    configuration. `split` ("train" or "heldout") chooses the part of `demo` and of a Hub dataset; a file is one part
-    and is read whole. Reading stops once `limit_bytes` bytes of text are there.
+    `data` is a .jsonl, .json, .txt, .parquet or .csv file (also .gz, .xz), a folder of those, `demo`, or a Hub dataset
+    `owner/name`. A .txt file is one document, elsewhere a record is one: its text lies in the field "text", and in
+    tables and on the Hub in the only column of strings, where there is one and no "text". After the place may stand
+
+        :column=NAME     the field of the text
+        :source=NAME     only records whose field "source" is NAME (or the argument `source`)
+        :split=NAME      of a Hub dataset, that split; of a folder, the files whose path names it; demo: train | heldout
+        :config=NAME     of a Hub dataset, that configuration
+        :revision=NAME   of a Hub dataset, that branch, tag or commit
+        :shuffle=SEED    documents in an order drawn from SEED: files, then within 10,000 documents read ahead
+        :documents=apart for a conversion (`packed`), which has to ask `documents_apart`: see there
+
+    `split` (the argument: "train" or "heldout") is the role of the text, and chooses the part of `demo` and of a Hub
+    dataset where `:split=` does not; a file is one part and is read whole. Reading stops once `limit_bytes` bytes of
+    text are there, so a larger limit only adds documents: a run that is resumed reads the same ones again.
 
     Raises:
-        UsageError: missing or unreadable file, bytes that are not UTF-8, a record without "text", or no text at all;
+        UsageError: missing or unreadable file, bytes that are not UTF-8, a record without text, or no text at all;
             the message names file and line.
     """
     place, options = _split_suffixes(data)
@@ -74,31 +104,63 @@ def load_source(
         raise UsageError(f"data split {split!r} is unknown", hint="Use train or heldout")
     path = Path(place).expanduser()
     kind = _kind(place, path)
-    records: Iterable[tuple[str, str | None]]
-    if kind == "demo":
-        records = _demo_records(split or "train")
-    elif kind == "folder":
-        records = _folder_records(path)
-    elif kind == "file":
-        records = _file_records(path)
-    else:
-        records = _hub_records(place, split or "train", options.get("config"))
-    if "config" in options and kind != "hub":
-        raise UsageError(
-            f"{data}: config= picks a configuration of a Hub dataset", hint=f"{place} is local: leave it out"
+    _require_meaning(data, place, kind, options)
+    if "documents" in options and not packed:
+        raise UsageError(f"{data}: documents= says how a conversion packs its windows", "Leave it out here")
+    column, part = options.get("column"), options.get("split")
+    seed = None if "shuffle" not in options else int(options["shuffle"])
+    if kind == "hub":
+        from linearize.hub_records import hub_records
+
+        records = hub_records(
+            place,
+            role=split or "train",
+            split=part,
+            config=options.get("config"),
+            column=column,
+            revision=options.get("revision"),
+            shuffle=None if seed is None else (seed, BUFFER),
         )
+    else:
+        if kind == "demo":
+            records = demo_records(part or split or "train")
+        elif kind == "folder":
+            files = files_of(path, part)
+            if seed is not None:
+                files = [files[i] for i in _order(len(files), seed, 0)]
+            records = folder_records(files, column)
+        else:
+            records = file_records(path, column)
+        records = records if seed is None else _shuffled(records, seed)
     texts = _collect(records, place, source, limit_bytes)
     return texts, Source(kind=kind, name=data, documents=len(texts), bytes=_size(texts), sha256=_digest(texts))
 
 
 def require_place(data: str) -> None:
-    """That `data` is something to read, as far as its name tells; nothing is read.
+    """That `data` is something to read, as far as its name and what is installed tell; nothing is read.
 
     Raises:
-        UsageError: no such file or folder, and not the form of a Hub id.
+        UsageError: no such file or folder, and not the form of a Hub id; an option that is unknown or has no meaning
+            there; a package that its format needs is absent.
     """
-    place = _split_suffixes(data)[0]
-    _kind(place, Path(place).expanduser())
+    place, options = _split_suffixes(data)
+    path = Path(place).expanduser()
+    kind = _kind(place, path)
+    _require_meaning(data, place, kind, options)
+    if kind == "file":
+        require_readable(path)
+    elif kind == "folder":
+        for file in files_of(path, options.get("split")):
+            require_readable(file)
+
+
+def documents_apart(data: str) -> bool:
+    """Whether `data` ends in `:documents=apart`: windows of training then keep their documents apart.
+
+    For teachers that were pretrained so. `:documents=joined`, and nothing, is what most were pretrained with: documents
+    run on, one after the other.
+    """
+    return _split_suffixes(data)[1].get("documents") == "apart"
 
 
 def tokenize_documents(texts: Sequence[str], tokenizer: Any) -> list[list[int]]:
@@ -169,13 +231,53 @@ def _order(count: int, seed: int, epoch: int) -> np.ndarray:
     return np.argsort(np.random.Philox(key=key).random_raw(count), kind="stable")
 
 
+def _shuffled(records: Iterable[Record], seed: int) -> Iterator[Record]:
+    """Records in an order drawn from `seed` within a buffer that moves through them."""
+    import numpy as np
+
+    bits = np.random.Philox(key=seed)
+    buffer: list[Record] = []
+    for record in records:
+        if len(buffer) < BUFFER:
+            buffer.append(record)
+            continue
+        place = int(bits.random_raw()) % BUFFER
+        yield buffer[place]
+        buffer[place] = record
+    yield from (buffer[i] for i in np.argsort(bits.random_raw(len(buffer)), kind="stable"))
+
+
 def _split_suffixes(data: str) -> tuple[str, dict[str, str]]:
     place, options = data, {}
     while (match := SUFFIX.match(place)) and not Path(place).exists():
-        if match["key"] in options:
-            raise UsageError(f"{data}: {match['key']}= is given twice")
-        place, options[match["key"]] = match["place"], match["value"]
+        key = match["key"]
+        if key not in OPTIONS:
+            raise UsageError(
+                f"{data}: unknown option {key!r}.{did_you_mean(key, OPTIONS)}", f"Options: {_known(OPTIONS)}"
+            )
+        if key in options:
+            raise UsageError(f"{data}: {key}= is given twice")
+        place, options[key] = match["place"], match["value"]
     return place, options
+
+
+def _require_meaning(data: str, place: str, kind: str, options: Mapping[str, str]) -> None:
+    """Every option must mean something where it is given."""
+    for key in options:
+        if kind not in OPTIONS[key]:
+            where = {"hub": "a Hub dataset", "folder": "a folder", "file": "a file", "demo": "demo"}
+            meant = " or ".join(where[k] for k in OPTIONS[key])
+            raise UsageError(f"{data}: {key}= picks a part of {meant}", hint=f"{place} is {where[kind]}: leave it out")
+    if kind == "demo" and options.get("split", "train") not in ("train", "heldout"):
+        raise UsageError(f"{data}: demo has no split {options['split']!r}", hint="Use train or heldout")
+    if options.get("documents", "apart") not in ("joined", "apart"):
+        raise UsageError(f"{data}: documents={options['documents']} is unknown", hint="Use joined or apart")
+    if "shuffle" in options and not (options["shuffle"].isdecimal() and int(options["shuffle"]) < 2**63):
+        raise UsageError(f"{data}: shuffle= takes a seed, a whole number", hint="For example :shuffle=0")
+
+
+def _known(names: Iterable[str]) -> str:
+    return ", ".join(f":{name}=" for name in names)
 
 
 def _kind(place: str, path: Path) -> str:
@@ -196,9 +298,7 @@ def _agree(data: str, argument: str | None, suffix: str | None) -> str | None:
     return suffix if argument is None else argument
 
 
-def _collect(
-    records: Iterable[tuple[str, str | None]], place: str, source: str | None, limit_bytes: int | None
-) -> list[str]:
+def _collect(records: Iterable[Record], place: str, source: str | None, limit_bytes: int | None) -> list[str]:
     texts: list[str] = []
     seen: set[str] = set()
     size = 0
@@ -219,135 +319,16 @@ def _collect(
     return texts
 
 
-def _folder_records(folder: Path) -> Iterator[tuple[str, str | None]]:
-    files = sorted(p for p in folder.rglob("*") if p.is_file() and _format(p) and not p.name.startswith("."))
-    if not files:
-        raise UsageError(f"{folder}: no text file in this folder", hint=f"Readable: {_readable()}")
-    for path in files:
-        yield from _file_records(path)
-
-
-def _file_records(path: Path) -> Iterator[tuple[str, str | None]]:
-    kind = _format(path)
-    if kind is None:
-        raise UsageError(f"{path}: not a format of text that is read here", hint=f"Readable: {_readable()}")
-    try:
-        with OPENERS.get(path.suffix.lower(), open)(path, "rb") as file:
-            if kind == ".txt":
-                yield _decode(file.read(), path, 1), None
-            elif kind == ".json":
-                yield from _json_records(file.read(), path)
-            else:
-                for number, line in enumerate(file, start=1):
-                    if line.strip():
-                        yield _record(_parse(line.rstrip(b"\r\n"), path, number), path, f"line {number}")
-    # A damaged archive raises any of these while it is being read.
-    except (OSError, EOFError, lzma.LZMAError, zlib.error) as error:
-        raise UsageError(f"{path}: cannot be read ({error})") from error
-
-
-def _json_records(data: bytes, path: Path) -> Iterator[tuple[str, str | None]]:
-    """A .json file holds one array of records, or, as many name it, one record a line."""
-    if data.lstrip()[:1] == b"[":
-        for number, item in enumerate(_parse(data, path, 1)):
-            yield _record(item, path, f"item {number}")
-        return
-    for number, line in enumerate(data.split(b"\n"), start=1):
-        if line.strip():
-            yield _record(_parse(line.rstrip(b"\r"), path, number), path, f"line {number}")
-
-
-def _parse(data: bytes, path: Path, number: int) -> Any:
-    try:
-        return json.loads(_decode(data, path, number))
-    except (ValueError, RecursionError) as error:
-        line = number + getattr(error, "lineno", 1) - 1
-        reason = getattr(error, "msg", None) or "nested too deep"
-        raise UsageError(f"{path}, line {line}: not JSON ({reason})") from error
-
-
-def _decode(data: bytes, path: Path, number: int) -> str:
-    try:
-        return data.decode("utf-8").removeprefix("\ufeff")
-    except UnicodeDecodeError as error:
-        line = number + data.count(b"\n", 0, error.start)
-        raise UsageError(
-            f"{path}, line {line}: not UTF-8 (byte 0x{data[error.start]:02x})",
-            hint="Convert it, for example with iconv",
-        ) from error
-
-
-def _record(item: Any, path: Path, where: str) -> tuple[str, str | None]:
-    if not isinstance(item, dict):
-        raise UsageError(f"{path}, {where}: a record is an object with a field {FIELD!r}, not a {type(item).__name__}")
-    text = item.get(FIELD)
-    if not isinstance(text, str):
-        fields = ", ".join(map(str, list(item)[:8])) or "none"
-        problem = "is missing" if FIELD not in item else f"is not a string but a {type(text).__name__}"
-        raise UsageError(f"{path}, {where}: the field {FIELD!r} {problem}; fields there: {fields}")
-    try:
-        text.encode("utf-8")
-    except UnicodeEncodeError as error:
-        raise UsageError(f"{path}, {where}: the text holds half a surrogate pair, which is no character") from error
-    label = item.get("source")
-    return text, None if label is None else str(label)
-
-
-def _demo_records(split: str) -> Iterator[tuple[str, str | None]]:
-    from linearize.demo.text import stdlib_documents
-
-    for _, text in stdlib_documents(split):
-        yield text, None
-
-
-def _hub_records(name: str, split: str, config: str | None) -> Iterator[tuple[str, str | None]]:
-    try:
-        import datasets
-    except ImportError as error:
-        raise UsageError(
-            f"{name}: no such file here, and reading a Hub dataset needs the package datasets",
-            hint="pip install datasets, or give a file",
-        ) from error
-    try:
-        parts = list(datasets.get_dataset_split_names(name, config))
-        wanted = ("train",) if split == "train" else ("validation", "test")
-        part = next((p for p in wanted if p in parts), None)
-        if part is None:
-            raise UsageError(f"{name}: the dataset has no split {' or '.join(wanted)}; it has {', '.join(parts)}")
-        rows = datasets.load_dataset(name, config, split=part, streaming=True)
-        for number, row in enumerate(rows):
-            yield _record(row, Path(name), f"row {number}")
-    except UsageError:
-        raise
-    except Exception as error:  # the Hub's client has many kinds of failure, and each is the user's to act on
-        raise UsageError(
-            f"{name}: cannot be read from the Hub ({type(error).__name__}: {error})",
-            hint="Check the name and the network; HUB_ID:config=NAME picks a configuration",
-        ) from error
-
-
 def _is_hub_id(place: str) -> bool:
     # A path with a typo in it is not to be looked up on the network.
-    return bool(HUB_ID.match(place)) and _format(Path(place)) is None and not Path(place).parent.is_dir()
-
-
-def _format(path: Path) -> str | None:
-    name = path.name.lower()
-    for packed in OPENERS:
-        name = name.removesuffix(packed)
-    return next((f for f in FORMATS if name.endswith(f)), None)
-
-
-def _readable() -> str:
-    return f"{', '.join(FORMATS)}, each also as {', '.join(OPENERS)}"
+    return bool(HUB_ID.match(place)) and format_of(Path(place)) is None and not Path(place).parent.is_dir()
 
 
 def _missing(path: Path) -> UsageError:
     if not path.parent.is_dir():
-        return UsageError(f"{path}: no such file or folder (there is no {path.parent} either)")
-    return UsageError(
-        f"{path}: no such file or folder.{did_you_mean(path.name, (p.name for p in path.parent.iterdir()))}"
-    )
+        return UsageError(f"{path}: no such file or folder (there is no {path.parent} either)", _PLACES)
+    near = did_you_mean(path.name, (p.name for p in path.parent.iterdir()))
+    return UsageError(f"{path}: no such file or folder.{near}", _PLACES)
 
 
 def _size(texts: Iterable[str]) -> int:

@@ -5,6 +5,8 @@ from __future__ import annotations
 import difflib
 from collections.abc import Iterable
 
+_LONGEST = 2000  # characters of a message
+
 
 class LinearizeError(Exception):
     """Base of every error raised on purpose.
@@ -56,5 +58,9 @@ def did_you_mean(word: str, candidates: Iterable[str]) -> str:
 
 
 def _one_line(text: str) -> str:
-    # Paths and library messages may hold line ends and control characters: never let them reach a terminal.
-    return "".join(c if c.isprintable() else " " for c in " ".join(str(text).split()))
+    # Paths and library messages may hold line ends and control characters: never let them reach a terminal. And a name
+    # that a file gives may be megabytes long: both ends of a line say enough.
+    line = str(text)
+    if len(line) > _LONGEST:
+        line = f"{line[: _LONGEST // 2]} ... {line[-_LONGEST // 2 :]}"
+    return "".join(c if c.isprintable() else " " for c in " ".join(line.split()))

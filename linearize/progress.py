@@ -10,7 +10,11 @@ from typing import Any, Protocol, runtime_checkable
 Listener = Callable[[str, str], None]
 """Is told what is being done, and to whom: ("reading 64 windows of 512 tokens", "out (window)")."""
 
+Recorder = Callable[[str, int, Mapping[str, float]], None]
+"""Is given the figures of every training step: stage, step (from 1), and values by name."""
+
 _LISTENER: ContextVar[Listener | None] = ContextVar("listener", default=None)
+_RECORDER: ContextVar[Recorder | None] = ContextVar("recorder", default=None)
 
 
 def tell(what: str, who: str) -> None:
@@ -28,6 +32,23 @@ def told_to(listener: Listener) -> Iterator[None]:
         yield
     finally:
         _LISTENER.reset(token)
+
+
+def record(stage: str, step: int, values: Mapping[str, float]) -> None:
+    """Give the figures of a training step to whoever records them; nobody need."""
+    recorder = _RECORDER.get()
+    if recorder is not None:
+        recorder(stage, step, values)
+
+
+@contextmanager
+def recorded_by(recorder: Recorder | None) -> Iterator[None]:
+    """Have `recorder`, if there is one, given the figures of every training step meanwhile."""
+    token = _RECORDER.set(recorder)
+    try:
+        yield
+    finally:
+        _RECORDER.reset(token)
 
 
 @runtime_checkable

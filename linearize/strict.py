@@ -59,6 +59,9 @@ def _problem(text: str, at: Any) -> yaml.MarkedYAMLError:
     return yaml.MarkedYAMLError(problem=text, problem_mark=at.start_mark)
 
 
+_YAML = "Check the quotes, brackets and indents there."
+
+
 def read_yaml(text: str, where: str) -> Any:
     """The value of one YAML document of at most `MAX_YAML_BYTES` characters.
 
@@ -72,10 +75,10 @@ def read_yaml(text: str, where: str) -> Any:
     except yaml.MarkedYAMLError as error:
         mark = error.problem_mark or error.context_mark
         line = f" (line {mark.line + 1}, column {mark.column + 1})" if mark else ""
-        raise UsageError(f"{where}: {error.problem or error.context or 'not valid YAML'}{line}") from None
+        raise UsageError(f"{where}: {error.problem or error.context or 'not valid YAML'}{line}", _YAML) from None
     except (yaml.YAMLError, ValueError, OverflowError, RecursionError) as error:
         # PyYAML lets ValueError out of dates and very long integers; the message may quote the whole value.
-        raise UsageError(f"{where}: not valid YAML: {str(error)[:120]}") from None
+        raise UsageError(f"{where}: not valid YAML: {str(error)[:120]}", _YAML) from None
 
 
 def show(value: Any) -> str:

@@ -47,6 +47,15 @@ def shared() -> Path:
     return path
 
 
+@pytest.fixture(scope="session")
+def undocumented() -> Callable[[str, dict[str, Any]], list[str]]:
+    """undocumented(section, output) -> how what a command prints with --json differs from docs/json.md."""
+    from tests.docs import schema
+
+    tables = schema.tables(ROOT / "docs" / "json.md")
+    return lambda section, output: schema.complaints(output, tables[section])
+
+
 @pytest.fixture
 def source_env() -> dict[str, str]:
     """Environment of a subprocess that runs from the source tree, whatever is installed."""

@@ -71,8 +71,8 @@ EXTRA: dict[str, dict[str, Any]] = {
 
 
 def recipe_specs() -> dict[str, MixerSpec]:
-    """The mixer of every shipped recipe."""
-    return {name: load_recipe(name).mixer for name in list_recipes()}
+    """The mixer of every shipped recipe; that of encoders is hedgehog's own."""
+    return {name: load_recipe(name).mixer for name in list_recipes() if name != "hedgehog-encoder"}
 
 
 def all_specs() -> dict[str, MixerSpec]:

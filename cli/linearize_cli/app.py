@@ -9,17 +9,26 @@ import os
 import sys
 import traceback
 from collections.abc import Sequence
+from typing import Any
 
 import typer
 
+import linearize_cli.bench
+import linearize_cli.evaluation
+import linearize_cli.imports
+import linearize_cli.push
 import linearize_cli.recall
-import linearize_cli.select  # noqa: F401 - these register their commands
-from linearize.errors import LinearizeError
+import linearize_cli.recipes
+import linearize_cli.report
+import linearize_cli.select
+import linearize_cli.verify  # noqa: F401 - these register their commands
+from linearize.errors import LinearizeError, did_you_mean
 from linearize_cli.commands import app
 from linearize_cli.output import fail, say
 
 INTERRUPTED = 130
 DEBUG = "LINEARIZE_DEBUG"
+_COMPLETION_BY_HAND = 'In bash: eval "$(_LINEARIZE_COMPLETE=source_bash linearize)"; also source_zsh, source_fish'
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -37,13 +46,15 @@ def main(argv: Sequence[str] | None = None) -> int:
     except (KeyboardInterrupt, typer.Abort):
         code = INTERRUPTED  # some versions of Typer raise Abort for Ctrl-C, some return 130 themselves
     except typer.Exit as stop:
-        return stop.exit_code
+        code = stop.exit_code  # and here too: some raise Exit, some return its code
     except LinearizeError as error:
         return _failed(str(error), error.exit_code)
     except Exception as error:
         return _unexpected(error)
     if code == INTERRUPTED:
         say("interrupted")
+    if code == 1 and {"--install-completion", "--show-completion"} & set(arguments):
+        return _failed("no completion was installed", 1, _COMPLETION_BY_HAND)
     return code if isinstance(code, int) else 0
 
 
@@ -52,7 +63,7 @@ def _unexpected(error: Exception) -> int:
     if hasattr(error, "format_message") and hasattr(error, "exit_code"):
         context = getattr(error, "ctx", None)
         command = context.command_path if context is not None else "linearize"
-        message = " ".join(str(error.format_message()).split())
+        message = _with_suggestion(error, " ".join(str(error.format_message()).split()))
         end = "" if message.endswith((".", "!", "?")) else "."
         return _failed(f"{message}{end} See {command} --help", 2)
     kind = type(error).__name__
@@ -63,6 +74,19 @@ def _unexpected(error: Exception) -> int:
         place = f"{error.filename}: " if error.filename else ""
         return _failed(f"{place}{error.strerror}", 1)
     return _failed(f"{kind}: {text}" if text else kind, 1, f"Set {DEBUG}=1 for the traceback")
+
+
+def _with_suggestion(error: Any, message: str) -> str:
+    """The message of a usage error with the nearest name in our words; versions of Typer suggest in several ways."""
+    command = getattr(getattr(error, "ctx", None), "command", None)
+    if command is not None and hasattr(error, "possibilities"):  # an unknown option
+        typed = error.option_name
+        known = {name for param in command.params for name in (*param.opts, *param.secondary_opts)}
+        return f"No such option: {typed}.{did_you_mean(typed, known | {'--help'})}"
+    if message.startswith("No such command") and "Did you mean" not in message:
+        word = message.partition("'")[2].rpartition("'")[0]
+        return message + did_you_mean(word, getattr(command, "commands", ()))
+    return message
 
 
 def _failed(message: str, code: int, hint: str | None = None) -> int:

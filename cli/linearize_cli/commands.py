@@ -9,41 +9,64 @@ from typing import Annotated, Any
 
 import typer
 
-from linearize.errors import RefusedError, UsageError
+from linearize.errors import UsageError
+from linearize_cli import completion
 from linearize_cli.output import (
     make_progress,
     only_json,
     print_json,
     print_report,
-    print_table,
     program,
     say,
     watching,
 )
-from linearize_cli.results import print_audit, print_conversion, print_evaluation, print_inspection, print_plan
+from linearize_cli.results import print_audit, print_conversion, print_inspection, print_plan
 
 # Plain help: rich's would more than double the time that --help takes.
 app = typer.Typer(
-    add_completion=False,
     rich_markup_mode=None,
     pretty_exceptions_enable=False,
     context_settings={"max_content_width": 100},
 )
-recipes_app = typer.Typer(rich_markup_mode=None, help="List, read, copy and check recipes.")
-app.add_typer(recipes_app, name="recipes", invoke_without_command=True)
-
-Model = Annotated[str, typer.Argument(metavar="MODEL", help="A folder, a Hub id, or demo.")]
+Model = Annotated[
+    str, typer.Argument(metavar="MODEL", help="A folder, a Hub id, or demo.", autocompletion=completion.models)
+]
+_TEACHER_HELP = "The model that it was made from."
+Teacher = Annotated[
+    str, typer.Option("--against", metavar="TEACHER", help=_TEACHER_HELP, autocompletion=completion.models)
+]
+Revision = Annotated[
+    str | None,
+    typer.Option("--revision", metavar="REV", help="Of a MODEL of the Hub: a commit, tag or branch (or MODEL@REV)."),
+]
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON object on stdout.")]
-RecipeName = Annotated[str, typer.Option("--recipe", "-r", metavar="R|FILE", help="A recipe's name, or a YAML file.")]
+_RECIPE = typer.Option(
+    "--recipe", "-r", metavar="R|FILE", help="A recipe's name, or a YAML file.", autocompletion=completion.recipes
+)
+RecipeName = Annotated[str, _RECIPE]
 Overrides = Annotated[
-    list[str] | None, typer.Argument(metavar="[KEY=VALUE]...", help="Recipe keys to change, such as align.tokens=2M.")
+    list[str] | None,
+    typer.Argument(
+        metavar="[KEY=VALUE]...",
+        help="Recipe keys to change, such as align.tokens=2M.",
+        autocompletion=completion.overrides,
+    ),
 ]
 Data = Annotated[
-    str, typer.Option("--data", metavar="PATH|HUB_ID|demo", help="Text: .jsonl, .txt (.gz, .xz), a folder, a Hub id.")
+    str,
+    typer.Option(
+        "--data",
+        metavar="PATH|HUB_ID|demo",
+        help="Text: .jsonl, .txt, .parquet, .csv, folder, Hub id.",
+        autocompletion=completion.texts,
+    ),
 ]
 Context = Annotated[int | None, typer.Option("--context", metavar="N", min=2, help="Tokens of one window.")]
-Device = Annotated[str, typer.Option("--device", help="auto, cpu, cuda or cuda:N.")]
-Dtype = Annotated[str, typer.Option("--dtype", help="auto (as stored), float32, bfloat16 or float16.")]
+Device = Annotated[str, typer.Option("--device", help="auto, cpu, cuda or cuda:N.", autocompletion=completion.devices)]
+Dtype = Annotated[
+    str,
+    typer.Option("--dtype", help="auto (as stored), float32, bfloat16 or float16.", autocompletion=completion.dtypes),
+]
 
 
 @app.callback(invoke_without_command=True)
@@ -68,15 +91,14 @@ def root(
 
         print(f"linearize {__version__}")
     elif context.invoked_subcommand is None:
-        _show_help(context)
+        show_help(context)
 
 
 @app.command()
 def inspect(
     model: Model,
-    recipe: Annotated[
-        str | None, typer.Option("--recipe", "-r", metavar="R|FILE", help="A recipe's name, or a YAML file.")
-    ] = None,
+    recipe: Annotated[str | None, _RECIPE] = None,
+    revision: Revision = None,
     as_json: Json = False,
 ) -> None:
     """Show what a conversion would swap, and from which context on it pays.
@@ -87,9 +109,12 @@ def inspect(
     Examples:
       linearize inspect demo
       linearize inspect ./my-llama --recipe gated-deltanet --json
+      linearize inspect owner/name --revision v1.0
     """
+    from linearize.artifacts.download import pin
     from linearize.recipe import load_recipe
 
+    model = pin(model, revision)
     chosen = None if recipe is None else load_recipe(recipe)
     with only_json(as_json):
         from linearize.convert.plan import inspect as run
@@ -107,10 +132,33 @@ def convert(
     overrides: Overrides = None,
     recipe: RecipeName = "pure",
     data: Annotated[
-        str | None, typer.Option("--data", metavar="PATH|HUB_ID|demo", help="Text to train on (not needed to --plan).")
+        str | None,
+        typer.Option(
+            "--data",
+            metavar="PATH|HUB_ID|demo",
+            help="Text to train on (not needed to --plan).",
+            autocompletion=completion.texts,
+        ),
     ] = None,
     plan: Annotated[bool, typer.Option("--plan", help="Print layers, tokens, memory and disk; start nothing.")] = False,
     resume: Annotated[bool, typer.Option("--resume", help="Go on where an interrupted run stopped.")] = False,
+    report_to: Annotated[
+        str,
+        typer.Option(
+            "--report-to",
+            metavar="TRACKER",
+            help="Send figures to trackio, wandb or tensorboard.",
+            autocompletion=completion.trackers,
+        ),
+    ] = "none",
+    stream: Annotated[
+        bool | None,
+        typer.Option(
+            "--stream/--no-stream",
+            help="A layer at a time, for a teacher larger than memory; without finetuning. Default: if it must be.",
+        ),
+    ] = None,
+    revision: Revision = None,
     as_json: Json = False,
 ) -> None:
     """Convert MODEL and write the result to OUT.
@@ -123,9 +171,12 @@ def convert(
       linearize convert ./my-llama out -r gated-deltanet --data text.jsonl keep_softmax="every 4" context=2048
       linearize convert ./my-llama out -r my.yaml --data text.jsonl --plan
       linearize convert ./my-llama out -r my.yaml --data text.jsonl --resume
+      linearize convert ./large-llama out -r lolcats --data text.jsonl --stream finetune.tokens=0
     """
+    from linearize.artifacts.download import pin
     from linearize.recipe import load_recipe
 
+    model = pin(model, revision)
     if "=" in out and not Path(out).exists():
         raise UsageError(f"OUT is missing: {out} reads like a recipe key", "linearize convert MODEL OUT key=value ...")
     chosen = load_recipe(recipe, overrides or ())
@@ -133,7 +184,7 @@ def convert(
         with only_json(as_json):
             from linearize.convert.plan import make_plan
 
-            result = make_plan(model, recipe=chosen, data=data, out=out)
+            result = make_plan(model, recipe=chosen, data=data, out=out, stream=stream)
         if as_json:
             return print_json(result)
         return print_plan(result, f"Plan: {model} to {out} with {chosen.name}")
@@ -144,75 +195,54 @@ def convert(
         try:
             from linearize.api import convert as run
 
-            result = run(model, out, recipe=chosen, data=data, resume=resume, progress=progress)
+            more: dict[str, Any] = {"resume": resume, "progress": progress, "report_to": report_to, "stream": stream}
+            result = run(model, out, recipe=chosen, data=data, **more)
         except KeyboardInterrupt:
             progress.close()
-            say(_how_to_go_on(out, ["convert", model, out, "--recipe", recipe, "--data", data, *(overrides or ())]))
+            tracking = [] if report_to == "none" else ["--report-to", report_to]
+            way = [] if stream is None else ["--stream" if stream else "--no-stream"]
+            options = ["--recipe", recipe, "--data", data, *tracking, *way]
+            say(_how_to_go_on(out, ["convert", model, out, *options, *(overrides or ())]))
             raise
         finally:
             progress.close()
     if as_json:
         return print_json(result)
     print_conversion(result, f"Converted {model} with {chosen.name}", out)
-    say(f"Next: {program()} {shlex.join(['audit', out, '--against', model, '--data', data])}")
-
-
-@app.command(name="eval")
-def evaluate(
-    model: Model,
-    data: Data,
-    against: Annotated[
-        str | None, typer.Option("--against", metavar="TEACHER", help="Measure this model in the same run.")
-    ] = None,
-    protocol: Annotated[
-        str | None, typer.Option("--protocol", metavar="P", help="lm-eval/wikitext, concat@N or documents@N.")
-    ] = None,
-    context: Context = None,
-    device: Device = "auto",
-    dtype: Dtype = "auto",
-    as_json: Json = False,
-) -> None:
-    """Measure perplexity per word, byte and token, and bits per byte; the protocol is named with every number.
-
-    \b
-    Examples:
-      linearize eval out --against demo --data demo
-      linearize eval ./my-llama --data wikitext2-raw-test.txt --protocol lm-eval/wikitext --context 2048
-    """
-    with only_json(as_json), watching():
-        from linearize.api import evaluate as run
-
-        result = run(model, data=data, protocol=protocol, context=context, against=against, device=device, dtype=dtype)
-    if as_json:
-        return print_json(result)
-    print_evaluation(result)
+    judge = "eval" if result.get("task") == "masked" else "audit"
+    say(f"Next: {program()} {shlex.join([judge, out, '--against', model, '--data', data])}")
 
 
 @app.command()
 def audit(
     out: Annotated[str, typer.Argument(metavar="OUT", help="A converted model.")],
-    against: Annotated[str, typer.Option("--against", metavar="TEACHER", help="The model that it was made from.")],
+    against: Teacher,
     data: Data,
     context: Context = None,
     device: Device = "auto",
     dtype: Dtype = "auto",
+    save: Annotated[bool, typer.Option("--save", help="Write the figures into OUT's card and manifest.")] = False,
     as_json: Json = False,
 ) -> None:
     """Say what the linear branch is worth: recovery R, each branch alone, and perplexity by position.
 
-    R is 0 % for the teacher cut to the student's window and 100 % for the teacher itself.
+    R is 0 % for the teacher cut to the student's window and 100 % for the teacher itself. With --save the model card
+    says so too, with the command that checks it.
 
     \b
-    Example:
+    Examples:
       linearize audit out --against demo --data demo
+      linearize audit out --against demo --data demo --save
     """
     with only_json(as_json), watching():
         from linearize.api import audit as run
 
-        result = run(out, against=against, data=data, context=context, device=device, dtype=dtype)
+        result = run(out, against=against, data=data, context=context, device=device, dtype=dtype, save=save)
     if as_json:
         return print_json(result)
     print_audit(result)
+    if save:
+        say(f"Written to {Path(out) / 'README.md'} and {Path(out) / 'linearize.json'}")
 
 
 @app.command()
@@ -224,6 +254,7 @@ def generate(
         float, typer.Option("--temperature", metavar="T", min=0.0, max=100.0, help="0: greedy.")
     ] = 0.0,
     seed: Annotated[int, typer.Option("--seed", metavar="N", min=0, max=2**32 - 1, help="Of the sampling.")] = 0,
+    revision: Revision = None,
     device: Device = "auto",
     dtype: Dtype = "auto",
     as_json: Json = False,
@@ -237,6 +268,9 @@ def generate(
     """
     with only_json(as_json):
         from linearize.api import generate as run
+        from linearize.artifacts.download import pin
+
+        model = pin(model, revision)
 
         result = run(
             model, prompt, max_new_tokens=max_new_tokens, temperature=temperature, seed=seed, device=device, dtype=dtype
@@ -250,116 +284,29 @@ def generate(
 
 @app.command()
 def doctor(as_json: Json = False) -> None:
-    """Check this machine: versions, GPU, Triton, and a two-second self-test of the mixers.
+    """Check this machine: what is installed, what is missing and how to install it, and whether the mixers compute.
 
-    \b
-    Example:
-      linearize doctor
-    """
-    from linearize_cli.doctor import examine, verdict
-
-    with only_json(as_json):
-        result = examine()
-    _finish(result, as_json, "linearize doctor")
-    verdict(result)
-
-
-@recipes_app.callback()
-def recipes_root(context: typer.Context) -> None:
-    """List, read, copy and check recipes."""
-    if context.invoked_subcommand is None:
-        _show_help(context)
-
-
-@recipes_app.command("ls")
-def recipes_ls(as_json: Json = False) -> None:
-    """List the recipes that ship: their papers, and what was measured of each.
-
-    R is the recovery (0 %: the teacher cut to the window, 100 %: the teacher), state what a sequence keeps; on which
-    teacher, with how many tokens and where stands in the recipe's header (recipes show) and under --json.
-
-    \b
-    Example:
-      linearize recipes ls
-    """
-    from linearize.recipe import list_recipes, load_recipe, measured
-
-    rows, shown = [], []
-    for recipe in map(load_recipe, list_recipes()):
-        figures, about = measured(recipe.name), {"paper": recipe.paper, "summary": recipe.summary}
-        rows.append({"name": recipe.name, **about, "measured": figures})
-        shown.append({"name": recipe.name, **{key: figures.get(key) for key in ("R", "state")}, **about})
-    if as_json:
-        return print_json({"recipes": rows})
-    print_table(shown)
-
-
-@recipes_app.command("show")
-def recipes_show(
-    name: Annotated[str, typer.Argument(metavar="NAME", help="A recipe's name, or a YAML file.")], as_json: Json = False
-) -> None:
-    """Print a recipe. The YAML goes to stdout.
-
-    \b
-    Example:
-      linearize recipes show lolcats
-    """
-    from linearize.recipe import load_recipe, recipe_file
-
-    recipe = load_recipe(name)
-    if as_json:
-        return print_json({"name": recipe.name, "digest": recipe.digest(), "recipe": recipe.as_dict()})
-    sys.stdout.write(recipe_file(name).read_text(encoding="utf-8"))
-
-
-@recipes_app.command("cp")
-def recipes_cp(
-    name: Annotated[str, typer.Argument(metavar="NAME", help="A recipe's name.")],
-    file: Annotated[Path, typer.Argument(metavar="FILE", help="Where to copy it; it must not exist.")],
-    as_json: Json = False,
-) -> None:
-    """Copy a recipe to a file of your own.
-
-    \b
-    Example:
-      linearize recipes cp lolcats my.yaml
-    """
-    from linearize.recipe import recipe_path
-
-    source = recipe_path(name)
-    target = file / source.name if file.is_dir() else file
-    try:
-        with target.open("x", encoding="utf-8") as copy:
-            copy.write(source.read_text(encoding="utf-8"))
-    except FileExistsError:
-        raise RefusedError(f"{target}: exists", "Choose another name or remove it.") from None
-    except OSError as error:
-        raise UsageError(f"{target}: cannot be written ({error.strerror})") from None
-    _finish({"name": name, "file": str(target)}, as_json, "")
-
-
-@recipes_app.command("validate")
-def recipes_validate(
-    file: Annotated[str, typer.Argument(metavar="FILE", help="A YAML file, or a recipe's name.")],
-    overrides: Overrides = None,
-    as_json: Json = False,
-) -> None:
-    """Check a recipe: every key, type and combination.
+    Versions, optional packages, GPU, free disk, the Hub's cache and token (whether there is one), and a self-test of a
+    few seconds. Exit code 0: a conversion can run, 4: something must be mended first.
 
     \b
     Examples:
-      linearize recipes validate my.yaml
-      linearize recipes validate lolcats keep_softmax="every 4" align.tokens=2M
+      linearize doctor
+      linearize doctor --json
     """
-    from linearize.recipe import load_recipe
+    from linearize_cli.doctor import examine, print_examination, verdict
 
-    recipe = load_recipe(file, overrides or ())
-    tokens = recipe.align.tokens + recipe.finetune.tokens
-    result: dict[str, Any] = {"name": recipe.name, "valid": True, "tokens": tokens, "digest": recipe.digest()}
-    _finish(result, as_json, "")
+    with only_json(as_json):
+        result = examine()
+    if as_json:
+        print_json(result)
+    else:
+        print_examination(result)
+    verdict(result)
 
 
-def _finish(result: dict[str, Any], as_json: bool, title: str) -> None:
+def finish(result: dict[str, Any], as_json: bool, title: str) -> None:
+    """Print a result for people or for programs."""
     if as_json:
         print_json(result)
     else:
@@ -374,6 +321,11 @@ def _how_to_go_on(out: str, command: list[str]) -> str:
     return f"Go on with: {program()} {shlex.join([*command, '--resume'])}"
 
 
-def _show_help(context: typer.Context) -> None:
+def show_help(context: typer.Context) -> None:
+    """What a group of commands does without one.
+
+    Raises:
+        Exit: always, as after any usage error.
+    """
     say(context.get_help())
     raise typer.Exit(2)

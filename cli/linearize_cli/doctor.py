@@ -2,15 +2,27 @@
 
 from __future__ import annotations
 
-import importlib.metadata
 import importlib.util
 import platform
+from collections.abc import Mapping
 from typing import Any
 
 from linearize.errors import VerificationError
+from linearize_cli.machine import advice, disk, hub, optional_packages, version
+from linearize_cli.output import console, print_report, print_table, say
 
-REQUIRED = ("torch", "transformers", "peft", "accelerate", "safetensors", "numpy", "typer", "rich", "pyyaml")
-OPTIONAL = ("triton", "datasets", "lm-eval")
+REQUIRED = (
+    "torch",
+    "transformers",
+    "peft",
+    "accelerate",
+    "huggingface_hub",
+    "safetensors",
+    "numpy",
+    "typer",
+    "rich",
+    "pyyaml",
+)
 SELF_TEST_RECIPES = ("pure", "lolcats", "liger-gla", "gated-deltanet")
 """One recipe for each kind of recurrence: with a window and a shared denominator, gated by its keys, delta rule."""
 
@@ -22,25 +34,53 @@ TOLERANCE = 1e-4
 
 
 def examine() -> dict[str, Any]:
-    """Everything that `linearize doctor` prints: version, python, platform, packages, device and self_test."""
+    """Everything that `linearize doctor` prints.
+
+    Returns:
+        linearize, python, platform, packages, optional, disk, hub, device, self_test, advice (what is missing or short,
+        and what to do) and problems (what must be mended first); device and self_test only where a required package is
+        not missing and torch works.
+    """
     from linearize import __version__
 
     report: dict[str, Any] = {
         "linearize": __version__,
         "python": platform.python_version(),
         "platform": platform.platform(),
-        "packages": {name: _version(name) for name in REQUIRED + OPTIONAL},
+        "packages": {name: version(name) for name in REQUIRED},
+        "optional": optional_packages(),
+        "disk": disk(),
     }
     missing = [name for name in REQUIRED if report["packages"][name] is None]
     if missing:
-        return report | {"problems": [f"{name} is not installed" for name in missing]}
+        return report | {"problems": [f"{name} is not installed: pip install {name}" for name in missing]}
+    report["hub"] = hub()
     try:
         report["device"] = _device()
         report["self_test"] = [_self_test(name) for name in SELF_TEST_RECIPES]
     except Exception as error:  # a broken torch or driver is what this command is there to find
-        return report | {"problems": [f"{type(error).__name__}: {' '.join(str(error).split())[:300]}"]}
+        problems = [f"{type(error).__name__}: {' '.join(str(error).split())[:300]}"]
+        return report | {"advice": advice(report), "problems": problems}
     failed = [row for row in report["self_test"] if not row["passed"]]
-    return report | {"problems": [f"{row['recipe']}: prefill and decode differ, see self_test" for row in failed]}
+    problems = [f"{row['recipe']}: prefill and decode differ, see self_test" for row in failed]
+    return report | {"advice": advice(report), "problems": problems}
+
+
+def print_examination(report: Mapping[str, Any]) -> None:
+    """What `examine` returns, for people: versions, what is optional, the machine, and last what to do."""
+    listed = ("optional", "self_test", "advice", "problems")
+    print_report("linearize doctor", {key: value for key, value in report.items() if key not in listed})
+    rows = [
+        {"package": row["name"], "version": row["version"] or "missing", "for": row["purpose"]}
+        for row in report["optional"]
+    ]
+    print_table(rows, title="optional")
+    if "self_test" in report:
+        print_table(report["self_test"], title="self test: prefill and decode must agree")
+    for line in report.get("advice", ()):
+        say(f"note: {line}")
+    if not report["problems"]:
+        console().print("All that a conversion needs is here.", style="bold")
 
 
 def verdict(report: dict[str, Any]) -> None:
@@ -51,13 +91,6 @@ def verdict(report: dict[str, Any]) -> None:
     """
     if report["problems"]:
         raise VerificationError("; ".join(report["problems"]))
-
-
-def _version(name: str) -> str | None:
-    try:
-        return importlib.metadata.version(name)
-    except importlib.metadata.PackageNotFoundError:
-        return None
 
 
 def _device() -> dict[str, Any]:

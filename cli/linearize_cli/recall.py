@@ -7,14 +7,14 @@ from typing import Annotated, Any
 
 import typer
 
-from linearize_cli.commands import Context, Data, Device, Dtype, Json, app
+from linearize_cli.commands import Context, Data, Device, Dtype, Json, Teacher, app
 from linearize_cli.output import console, only_json, plural, print_json, print_table, say, watching
 
 
 @app.command()
 def recall(
     out: Annotated[str, typer.Argument(metavar="OUT", help="A converted model.")],
-    against: Annotated[str, typer.Option("--against", metavar="TEACHER", help="The model that it was made from.")],
+    against: Teacher,
     data: Data,
     distance: Annotated[
         list[int] | None,

@@ -56,6 +56,9 @@ def print_plan(result: Mapping[str, Any], title: str) -> None:
         _line(target, f"{stage}: " + (f"skipped ({skipped})" if skipped else work))
     _line(target, f"needs about {human_bytes(result['memory_bytes'])} of memory, {human_bytes(result['disk_bytes'])} "
                   f"of disk; exports {result['export_dtype']}")  # fmt: skip
+    if result.get("streamed"):
+        hidden = human_bytes(result["hidden_bytes"])
+        _line(target, f"streamed, one layer at a time; of the disk, {hidden} are hidden states while it runs")
     if result["dropped"]:
         _line(target, f"dropped keys: {figure('', list(result['dropped']))}")
     _print_layers(result["layers"], target)
@@ -63,7 +66,7 @@ def print_plan(result: Mapping[str, Any], title: str) -> None:
     linear = sum(row["to"] != "softmax" for row in result["layers"]) / len(result["layers"])
     kv = {n: round(a_token * n) for n in CONTEXTS}
     kept = {n: round(a_token * n * (1 - linear)) for n in CONTEXTS}
-    even = math.ceil(result["state_bytes"] / (a_token * linear)) if linear else None
+    even = math.ceil(result["state_bytes"] / (a_token * linear)) if a_token and linear else None
     _print_memory(kv, result["state_bytes"], kept, even, target)
     _print_notes(result, target)
 
@@ -88,6 +91,10 @@ def print_conversion(result: Mapping[str, Any], title: str, out: str) -> None:
         share = figure("match", result["mean_match"])
         _line(target, f"After alignment the layers explain {share} of the teacher's attention outputs on average.")
     for way in result["verification"].values():
+        if "same_text" not in way:  # the check of a streamed conversion
+            _line(target, f"Read back {way['way']}: {way['tensors']:,} tensors as written, a logit differs by "
+                          f"{way['max_abs_difference']:.2g} at most.")  # fmt: skip
+            continue
         same = "same text" if way["same_text"] else "another text"
         worst = way["max_abs_difference"]
         logits = "same logits" if worst == 0 else f"logits within {worst:.2g}"
@@ -95,12 +102,17 @@ def print_conversion(result: Mapping[str, Any], title: str, out: str) -> None:
     error = result["merge_error"]
     _line(target, f"merge error (fp32) {error['merge']['max']:.2g}, rounding to {result['dtype']} "
                   f"{error['cast']['max']:.2g} (max |logit|)")  # fmt: skip
+    if "streamed" in result:
+        peak = human_bytes(result["streamed"]["peak_memory_bytes"])
+        _line(target, f"Streamed, one layer at a time: {peak} of memory at most.")
     _print_notes(result, target)
     _line(target, f"Took {seconds(result['seconds']['total'])}. The model is in {out}")
 
 
 def print_evaluation(result: Mapping[str, Any]) -> None:
     """What `linearize.evaluate` returns: under what conditions, and the figures, two models side by side."""
+    if "masking" in result:
+        return print_masked(result)
     target = console()
     against = result.get("against")
     shown = [result, *([against] if against else [])]
@@ -119,6 +131,33 @@ def print_evaluation(result: Mapping[str, Any]) -> None:
                      target)  # fmt: skip
     for subject in shown:
         _print_notes(subject, target)
+
+
+def print_masked(result: Mapping[str, Any]) -> None:
+    """What `linearize.evaluate` returns for a masked language model."""
+    target = console()
+    masking, against = result["masking"], result["against"]
+    read = f"{result['protocol']}: {plural(result['windows'], 'window')}"
+    hidden = f"{masking['hidden']:,} tokens hidden at once ({masking['rate']:.0%}), {masking['alone']:,} alone"
+    how = f"each by {masking['replaced_by']}, seed {masking['seed']}, {result['dtype']} on {result['device']}"
+    _line(target, f"{read}, {hidden}, {how}")
+    shown = [result, *([against] if against else [])]
+    names = [str(subject["model"]) for subject in shown]
+    if len(set(names)) < len(names):
+        names[1] += " (against)"
+    rows = []
+    for key, label in (
+        ("accuracy", "hidden tokens found"),
+        ("masked_perplexity", "perplexity of hidden tokens"),
+        ("pseudo_perplexity", "pseudo-perplexity"),
+    ):
+        row = {"": label}
+        for name, subject in zip(names, shown, strict=True):
+            row[name] = f"{subject[key]:.1%}" if key == "accuracy" else figure("", subject[key])
+        if against:
+            row["ratio"] = figure("", result["ratio"].get(key))
+        rows.append(row)
+    print_table(rows, to=target)
 
 
 def print_audit(result: Mapping[str, Any]) -> None:
@@ -197,6 +236,8 @@ def _print_memory(
     kv: Mapping[int, int], state: int | None, kept: Mapping[int, int], even: int | None, target: Console
 ) -> None:
     """The cache of one sequence before and after, in bytes; `kept`: of the layers that stay softmax."""
+    if not any(kv.values()):  # an encoder: the notes say that it keeps none
+        return
     softmax = any(kept.values())
     student = "student (state + kept KV)" if softmax else "student state"
     rows = []

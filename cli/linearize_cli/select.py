@@ -8,7 +8,8 @@ from typing import Annotated, Any
 
 import typer
 
-from linearize_cli.commands import Data, Json, Overrides, RecipeName, app
+from linearize_cli import completion
+from linearize_cli.commands import Data, Json, Overrides, RecipeName, Revision, app
 from linearize_cli.output import console, make_progress, only_json, plural, print_json, print_table, program, say
 
 NAMES = {"window": "cut to the window", "aligned": "aligned"}
@@ -17,18 +18,25 @@ NAMES = {"window": "cut to the window", "aligned": "aligned"}
 
 @app.command()
 def select(
-    teacher: Annotated[str, typer.Argument(metavar="TEACHER", help="A folder, a Hub id, or demo.")],
+    teacher: Annotated[
+        str, typer.Argument(metavar="TEACHER", help="A folder, a Hub id, or demo.", autocompletion=completion.models)
+    ],
     data: Data,
     keep: Annotated[int, typer.Option("--keep", "-k", metavar="N", min=1, help="Layers that stay softmax.")],
     overrides: Overrides = None,
     recipe: RecipeName = "pure",
     method: Annotated[
         str | None,
-        typer.Option("--method", help="aligned, or window (nothing is trained). Default: aligned, where it can be."),
+        typer.Option(
+            "--method",
+            help="aligned, or window (nothing is trained). Default: aligned, where it can be.",
+            autocompletion=completion.methods,
+        ),
     ] = None,
     align_tokens: Annotated[
         str, typer.Option("--align-tokens", metavar="N", help="Most tokens of the short alignment, such as 500k.")
     ] = "256k",
+    revision: Revision = None,
     as_json: Json = False,
 ) -> None:
     """Rank TEACHER's layers by what it loses when one of them is swapped, and choose N to stay softmax.
@@ -43,9 +51,11 @@ def select(
       linearize select demo --data demo --keep 2 context=512
       linearize select ./my-llama --data text.jsonl --keep 4 --recipe gated-deltanet --method window
     """
+    from linearize.artifacts.download import pin
     from linearize.recipe import load_recipe
     from linearize.strict import count
 
+    teacher = pin(teacher, revision)
     chosen = load_recipe(recipe, overrides or ())
     tokens = count(1, 10**12)(align_tokens, "--align-tokens")
     progress = make_progress()

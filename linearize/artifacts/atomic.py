@@ -13,8 +13,9 @@ import json
 import os
 import re
 import shutil
+import stat
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
@@ -77,7 +78,7 @@ def remove_leftovers(final: str | os.PathLike[str]) -> None:
     final = Path(os.path.abspath(final))
     if not final.parent.is_dir():
         return
-    pattern = re.compile(rf"\.{re.escape(final.name)}\.(tmp|old)-(\d+)")
+    pattern = re.compile(rf"\.{re.escape(final.name)}\.(tmp|old)-(\d{{1,10}})")
     for path in sorted(final.parent.iterdir()):
         match = pattern.fullmatch(path.name)
         if match is None or _alive(int(match[2])):
@@ -92,14 +93,32 @@ def remove_leftovers(final: str | os.PathLike[str]) -> None:
 
 def write_bytes(path: str | os.PathLike[str], data: bytes) -> None:
     """Write one file atomically: temporary sibling, flush, rename. A full disk raises RefusedError."""
-    path = Path(path)
+    _write_file(Path(path), data, os.replace)
+
+
+def write_new(path: str | os.PathLike[str], data: bytes) -> None:
+    """Write one file atomically where none is. FileExistsError if one is; a full disk raises RefusedError."""
+    _write_file(Path(path), data, _link_in)
+
+
+def _require_ordinary(path: Path) -> None:
+    """RefusedError for a device, a pipe or a socket: a rename onto /dev/null would replace it for everybody."""
+    with suppress(OSError):
+        mode = path.lstat().st_mode
+        if not (stat.S_ISREG(mode) or stat.S_ISLNK(mode) or stat.S_ISDIR(mode)):
+            raise RefusedError(f"{path} is no ordinary file", "Choose the name of a file.")
+
+
+def _write_file(path: Path, data: bytes, put: Callable[[Path, Path], None]) -> None:
+    _require_ordinary(path)
+    remove_leftovers(path)
     work = _sibling(path, "tmp")
     try:
-        with open(work, "wb") as file:
+        with open(work, "xb") as file:  # never through a link that somebody put there
             file.write(data)
             file.flush()
             os.fsync(file.fileno())
-        os.replace(work, path)
+        put(work, path)
         _sync_path(path.parent)
     except BaseException as error:
         with suppress(OSError):
@@ -109,6 +128,21 @@ def write_bytes(path: str | os.PathLike[str], data: bytes) -> None:
                 f"no space left on the disk while writing {path}", "Free some space or choose another disk."
             ) from error
         raise
+
+
+def _link_in(work: Path, path: Path) -> None:
+    """Give `work` its name, unless that name is taken: a rename would overwrite, a link does not."""
+    try:
+        os.link(work, path)
+    except OSError as error:
+        if error.errno not in (errno.EPERM, errno.EOPNOTSUPP, errno.ENOSYS):
+            raise
+        # No hard links on this disk.
+        if os.path.lexists(path):
+            raise FileExistsError(errno.EEXIST, os.strerror(errno.EEXIST), str(path)) from None
+        os.replace(work, path)
+    else:
+        os.unlink(work)
 
 
 def write_json(path: str | os.PathLike[str], obj: Any) -> None:

@@ -8,34 +8,52 @@ from __future__ import annotations
 
 import math
 import os
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from linearize.artifacts.weights import read_json, require_inside
 from linearize.errors import UsageError, did_you_mean
+from linearize.modeling.family_table import FAMILIES, PREFIX
 
 CONFIG = "config.json"
 CONFIG_CAP = 8 << 20
-OUR_PREFIX = "linearized_"
-SUPPORTED = ("llama", "mistral", "qwen2", "qwen3")
+OUR_PREFIX = PREFIX
+SUPPORTED = tuple(FAMILIES)
 """The families that can be converted."""
 # Sizes beyond these are damage or an attack, not a model: refused before anything is allocated.
 LIMITS = {
     "num_hidden_layers": 1_000,
     "hidden_size": 131_072,
+    "embedding_size": 131_072,
     "intermediate_size": 1_048_576,
+    "moe_intermediate_size": 1_048_576,
+    "num_local_experts": 65_536,
+    "num_experts": 65_536,
+    "num_experts_per_tok": 65_536,
     "num_attention_heads": 2_048,
     "num_key_value_heads": 2_048,
     "head_dim": 8_192,
     "vocab_size": 8_000_000,
+    "type_vocab_size": 65_536,
     "max_position_embeddings": 1 << 31,
     "sliding_window": 1 << 31,
 }
 MIXER_LIMIT = 1 << 20  # windows, sinks and feature sizes of converted models
 _NEEDED = ("num_hidden_layers", "hidden_size", "num_attention_heads", "vocab_size")
 _OPTIONAL = ("num_key_value_heads", "head_dim", "sliding_window")  # null says "derived" or "none"
-_POSITIVE = ("rms_norm_eps", "rope_theta")
-_PER_LAYER = ("layer_types", "layer_mixers")
+_POSITIVE = (
+    "rms_norm_eps",
+    "layer_norm_eps",
+    "layer_norm_epsilon",
+    "rope_theta",
+    "query_pre_attn_scalar",
+    "attn_logit_softcapping",
+    "final_logit_softcapping",
+    "attention_multiplier",
+    "logits_scaling",
+)
+_PER_LAYER: dict[str, type] = {"layer_types": str, "layer_mixers": str, "no_rope_layers": int}
 # Read by native code although the config class of the family may not declare them.
 _ALSO_READ = frozenset(
     {
@@ -44,6 +62,10 @@ _ALSO_READ = frozenset(
         "rope_theta",
         "rope_scaling",
         "rope_parameters",
+        "rope_local_base_freq",
+        "rotary_pct",
+        "rotary_emb_base",
+        "sliding_window_pattern",
         "partial_rotary_factor",
         "torch_dtype",
         "dtype",
@@ -103,10 +125,11 @@ def config_class(model_type: str, *, path: Path, wants_code: bool = False) -> ty
     """The config class of a native model type or of ours; UsageError for any other, with the nearest known name."""
     from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
-    if model_type.startswith(OUR_PREFIX):
-        from linearize.modeling import register
+    if model_type.removeprefix(OUR_PREFIX) in SUPPORTED and model_type.startswith(OUR_PREFIX):
+        from linearize.modeling.configuration_linearized import CONFIGS
 
-        register()
+        ours: type = CONFIGS[model_type.removeprefix(OUR_PREFIX)]
+        return ours
     if model_type in CONFIG_MAPPING:
         cls: type = CONFIG_MAPPING[model_type]
         return cls
@@ -135,38 +158,40 @@ def declared_keys(cls: Any) -> frozenset[str]:
             if hasattr(base, "__init__") and base is not object
             for name in inspect.signature(base.__init__).parameters
         } - {"self", "kwargs", "args"}
-    return frozenset(names | set(getattr(cls, "attribute_map", {})))
+    aliases: dict[str, str] = getattr(cls, "attribute_map", {})
+    return frozenset(names | set(aliases) | set(aliases.values()))
 
 
 def check_bounds(config: dict[str, Any], path: Path) -> None:
     """UsageError, naming the key, unless every size is a positive integer of a sane magnitude and they fit together."""
-    for key, limit in LIMITS.items():
-        value = config.get(key)
+    found = by_our_names(config)
+    names = _sizes(config)
+    for our_name, limit in LIMITS.items():
+        value, key = found.get(our_name), names.get(our_name, our_name)
         if value is None:
-            if key in _NEEDED:
+            if our_name in _NEEDED:
                 raise _lacking(config, key, path)
             continue
         if not isinstance(value, int) or isinstance(value, bool):
             raise UsageError(f"{path}: {key} must be an integer, not {value!r:.60}")
         if not 1 <= value <= limit:
             raise UsageError(f"{path}: {key} is {_short(value)}, outside 1..{limit}")
-    heads, groups = config["num_attention_heads"], config.get("num_key_value_heads")
+    heads, groups = found["num_attention_heads"], found.get("num_key_value_heads")
     if groups is not None and heads % groups:
         raise UsageError(f"{path}: {heads} attention heads cannot share {groups} key-value heads")
-    if config.get("head_dim") is None and config["hidden_size"] % heads:
-        raise UsageError(f"{path}: hidden_size {config['hidden_size']} does not divide into {heads} heads")
+    if found.get("head_dim") is None and found["hidden_size"] % heads:
+        raise UsageError(f"{path}: hidden_size {found['hidden_size']} does not divide into {heads} heads")
     for key in _POSITIVE:
         value = config.get(key)
         if value is not None and not (_number(value) and 0 < value < math.inf):
             raise UsageError(f"{path}: {key} must be a positive number, not {value!r:.60}")
-    for key in _PER_LAYER:
+    layers = found["num_hidden_layers"]
+    for key, kind in _PER_LAYER.items():
         value = config.get(key)
         if value is not None and not (
-            isinstance(value, list)
-            and len(value) == config["num_hidden_layers"]
-            and all(isinstance(kind, str) for kind in value)
+            isinstance(value, list) and len(value) == layers and all(isinstance(item, kind) for item in value)
         ):
-            raise UsageError(f"{path}: {key} must name one kind for each of the {config['num_hidden_layers']} layers")
+            raise UsageError(f"{path}: {key} must name one kind for each of the {layers} layers")
     for key, value in config.items():
         if key.startswith("mixer_") and isinstance(value, int) and abs(value) > MIXER_LIMIT:
             raise UsageError(f"{path}: {key} is {_short(value)}, beyond {MIXER_LIMIT}")
@@ -176,6 +201,16 @@ def check_bounds(config: dict[str, Any], path: Path) -> None:
     dtype = stored_dtype(config)
     if dtype is not None and dtype not in _DTYPES:
         raise UsageError(f"{path}: dtype {dtype!r:.60} is not supported", f"Supported: {', '.join(_DTYPES)}.")
+
+
+def by_our_names(config: dict[str, Any]) -> dict[str, Any]:
+    """A config.json with the sizes of its family under the names that all others use (hidden_size, ...), too."""
+    return config | {ours: config[theirs] for ours, theirs in _sizes(config).items() if theirs in config}
+
+
+def _sizes(config: dict[str, Any]) -> Mapping[str, str]:
+    family = FAMILIES.get(str(config.get("model_type") or "").removeprefix(PREFIX))
+    return {} if family is None else family.sizes
 
 
 def supported_families() -> str:

@@ -10,48 +10,31 @@ from fnmatch import fnmatch
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from linearize.artifacts.config_reader import CONFIG, OUR_PREFIX, build_config, read_config, stored_dtype
+from linearize.artifacts.config_reader import CONFIG, OUR_PREFIX, build_config, by_our_names, read_config, stored_dtype
+from linearize.artifacts.download import HUB_FILES, TOKENIZER_FILES, brief, commit_of, download, split_revision
+from linearize.artifacts.fit import key_problems, require_weights_for
 from linearize.artifacts.manifest import MANIFEST, verify_manifest
-from linearize.artifacts.weights import read_json, read_tensors, require_finite, require_inside
+from linearize.artifacts.tokenizer_files import check_tokenizer_files, readable
+from linearize.artifacts.weights import read_json, read_tensors, require_finite, require_inside, require_regular
 from linearize.errors import LinearizeError, UsageError, did_you_mean
+from linearize.modeling.family_table import FAMILIES, auto_class, implementation
 
 if TYPE_CHECKING:
     import torch
 
 DEMO = "demo"
-_HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]{0,95}/[A-Za-z0-9][\w.-]{0,95}")
-TOKENIZER_FILES = (
-    "tokenizer.json",
-    "tokenizer_config.json",
-    "tokenizer.model",
-    "special_tokens_map.json",
-    "added_tokens.json",
-    "vocab.json",
-    "merges.txt",
-    "chat_template.jinja",
-    "chat_template.json",
-)
-"""What a tokenizer may consist of: fetched with a checkpoint, and carried over to its conversion."""
-_HUB_FILES = (
-    "config.json",
-    "generation_config.json",
-    "model.safetensors",
-    "model-*.safetensors",
-    "model.safetensors.index.json",
-    *TOKENIZER_FILES,
-    MANIFEST,
-)
-_TOKENIZERS = ("tokenizer.json", "tokenizer.model", "vocab.json")
+GENERATION = "generation_config.json"
+_TOKENIZERS = ("tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt")
+_ADD_TOKENIZER = "Copy the tokenizer's files there, from the model that it was made from."
 _DTYPES = ("float32", "bfloat16", "float16")
 _STORED = {"F32": "float32", "BF16": "bfloat16", "F16": "float16"}
-_LAYER = re.compile(r"model\.layers\.(\d{1,9})\.")
-_DERIVED = re.compile(r"rotary_emb\.inv_freq$|\.masked_bias$|attn\.bias$")  # recomputed by every model, never read
 
 
 def resolve(model: str | os.PathLike[str]) -> Path:
-    """The local folder of MODEL: `demo`, a folder, or a Hub id (downloaded; only data files are).
+    """The local folder of MODEL: `demo`, a folder, or a Hub id, `owner/name` or `owner/name@REVISION`.
 
-    UsageError for a folder that is not there (with the nearest name), for a file, and for a failed download.
+    Of a Hub id only data files are fetched; see `download`. UsageError for a folder that is not there (with the nearest
+    name), for a file, and for a failed download; RefusedError for a Hub id while offline.
     """
     name = os.fspath(model)
     if name == DEMO:
@@ -61,8 +44,8 @@ def resolve(model: str | os.PathLike[str]) -> Path:
         return path
     if name and path.exists():
         raise UsageError(f"{name} is a file; a model is a folder with config.json, safetensors and a tokenizer")
-    if _HUB_ID.fullmatch(name) and not path.parent.is_dir():
-        return _download(name)
+    if not path.parent.is_dir() and split_revision(name) is not None:
+        return download(name)
     near = did_you_mean(path.name, _names(path.parent) + ([DEMO] if path.parent == Path() else []))
     raise UsageError(f"there is no model {name!r}.{near}", "Give a folder, a Hub id (owner/name) or demo.")
 
@@ -80,13 +63,17 @@ def check_checkpoint(path: str | os.PathLike[str], *, finite: bool) -> None:
         # transformers would follow the base model that this file names.
         raise UsageError(f"{folder} is an adapter, not a model", "Merge it into its base model first.")
     for entry in folder.iterdir():  # also the files that are merely copied into an export
-        if entry.is_symlink() and any(fnmatch(entry.name, pattern) for pattern in _HUB_FILES):
+        if any(fnmatch(entry.name, pattern) for pattern in HUB_FILES):
             require_inside(folder, entry)
+            require_regular(entry)
+    check_tokenizer_files(folder, TOKENIZER_FILES)
+    if (folder / GENERATION).is_file():
+        read_json(folder / GENERATION, cap=1 << 20)
     config = read_config(folder)
     tensors = read_tensors(folder)
     _require_match(folder, config, tensors)
     if os.path.lexists(folder / MANIFEST):
-        problems = verify_manifest(folder)
+        problems = verify_manifest(folder, without_code=commit_of(folder) is not None)
         if problems:
             more = f" (and {len(problems) - 1} more)" if len(problems) > 1 else ""
             raise UsageError(problems[0] + more, "Copy or convert it again.")
@@ -105,44 +92,38 @@ def load_model(
     """A native or linearized causal LM from a local folder, checked first, in eval mode on `device`.
 
     `dtype` is a name, a torch.dtype or "auto" (as stored). Only local safetensors are read, remote code is never run,
-    and `attn_implementation` (None: "sdpa") is ours to choose. UsageError if a weight is missing, left over or of
-    another shape; RefusedError if one is NaN or Inf, which costs a reading of the files that `finite=False` spares.
+    and `attn_implementation` (None: what the config needs) is ours to choose. UsageError if a weight is missing, left
+    over or of another shape; RefusedError if one is NaN or Inf, which costs a reading of the files that `finite=False`
+    spares.
     """
     import torch
-    from transformers import AutoModelForCausalLM
 
     folder = Path(path)
     where = select_device(device)
     check_checkpoint(folder, finite=finite)
     kind = dtype if isinstance(dtype, torch.dtype) else select_dtype(dtype, folder)
     config = build_config(folder)
+    require_weights_for(folder, config)
     try:
         with no_bars():
-            model, info = AutoModelForCausalLM.from_pretrained(
+            model, info = auto_class(config).from_pretrained(
                 folder,
                 config=config,
                 dtype=kind,
-                attn_implementation=attn_implementation or "sdpa",
+                attn_implementation=attn_implementation or implementation(config),
                 trust_remote_code=False,
                 local_files_only=True,
                 use_safetensors=True,
                 output_loading_info=True,
+                ignore_mismatched_sizes=True,  # they are refused below, by name
             )
     except LinearizeError:
         raise
     except Exception as error:  # whatever a library makes of a bad folder, the user reads one line
-        raise UsageError(f"{folder} cannot be loaded: {type(error).__name__}: {_brief(error)}") from error
-    missing = sorted(info["missing_keys"])
-    left = sorted(key for key in info["unexpected_keys"] if not _DERIVED.search(key))
-    mismatched = sorted(str(key[0] if isinstance(key, tuple) else key) for key in info["mismatched_keys"])
-    for keys, what in (
-        (missing, "lacks the weight"),
-        (left, "has a weight that the model does not use:"),
-        (mismatched, "has the wrong shape for the weight"),
-    ):
-        if keys:
-            more = f" (and {len(keys) - 1} more)" if len(keys) > 1 else ""
-            raise UsageError(f"{folder} {what} {keys[0]}{more}", "Its config does not describe these weights.")
+        raise UsageError(f"{folder} cannot be loaded: {type(error).__name__}: {brief(error)}") from error
+    problems = key_problems(folder, config, info)
+    if problems:
+        raise UsageError(problems[0], "Its config does not describe these weights.")
     return model.to(where).eval()
 
 
@@ -152,15 +133,18 @@ def load_tokenizer(path: str | os.PathLike[str]) -> Any:
 
     folder = Path(path)
     if not any((folder / name).is_file() for name in _TOKENIZERS):
-        raise UsageError(f"{folder} has no tokenizer (none of {', '.join(_TOKENIZERS)})")
+        raise UsageError(f"{folder} has no tokenizer (none of {', '.join(_TOKENIZERS)})", _ADD_TOKENIZER)
+    config = build_config(folder)
     try:
-        tokenizer = AutoTokenizer.from_pretrained(
-            folder, config=build_config(folder), trust_remote_code=False, local_files_only=True
-        )
+        with readable(folder, TOKENIZER_FILES) as place:
+            tokenizer = AutoTokenizer.from_pretrained(
+                place, config=config, trust_remote_code=False, local_files_only=True
+            )
+        tokenizer.name_or_path = str(folder)
     except LinearizeError:
         raise
     except Exception as error:
-        reason = f"{type(error).__name__}: {_brief(error)}"
+        reason = f"{type(error).__name__}: {brief(error)}"
         raise UsageError(f"the tokenizer in {folder} cannot be read: {reason}") from error
     # Texts are cut into windows after they are tokenised: that one is longer than the model's context means nothing.
     getattr(tokenizer, "deprecation_warnings", {})["sequence-length-is-longer-than-the-specified-maximum"] = True
@@ -169,16 +153,24 @@ def load_tokenizer(path: str | os.PathLike[str]) -> Any:
 
 @contextmanager
 def no_bars() -> Iterator[None]:
-    """Without transformers' own progress bars, which would break into ours; put back afterwards."""
+    """Without transformers' own progress bars, which would break into ours, and its report on the keys of a checkpoint,
+    which says them as they are in the file; we refuse by name. Put back afterwards."""
     from transformers.utils import logging
 
     shown_before = logging.is_progress_bar_enabled()
+    reporter = logging.get_logger("transformers.modeling_utils")
     logging.disable_progress_bar()
+    reporter.addFilter(_grave)
     try:
         yield
     finally:
+        reporter.removeFilter(_grave)
         if shown_before:
             logging.enable_progress_bar()
+
+
+def _grave(record: Any) -> bool:
+    return bool(record.levelno >= 40)  # logging.ERROR
 
 
 def select_device(name: Any = "auto") -> torch.device:
@@ -230,13 +222,17 @@ def select_dtype(name: str, teacher: Any = None) -> torch.dtype:
 
 def _require_match(folder: Path, config: dict[str, Any], tensors: dict[str, Any]) -> None:
     """The sizes that decide how much is allocated, against the weights that are really there."""
-    layers = {int(match[1]) for name in tensors if (match := _LAYER.match(name))}
+    config = by_our_names(config)
+    family = FAMILIES.get(config["model_type"].removeprefix(OUR_PREFIX), FAMILIES["llama"])
+    pattern = re.compile(rf"(?:{re.escape(family.body)}\.)?{re.escape(family.layers)}\.(\d{{1,9}})\.")
+    layers = {int(match[1]) for name in tensors if (match := pattern.match(name))}
     wanted = config["num_hidden_layers"]
     if layers and layers != set(range(wanted)):
         raise UsageError(f"{folder / CONFIG} says {wanted} layers, and the weights hold {len(layers)}")
-    embedding = tensors.get("model.embed_tokens.weight")
+    embedding = tensors.get(f"{family.body}.{family.embedding}.weight")
     if embedding is not None:
-        shape, expected = embedding[1].shape, (config["vocab_size"], config["hidden_size"])
+        width = config.get("embedding_size") or config["hidden_size"]
+        shape, expected = embedding[1].shape, (config["vocab_size"], width)
         if shape != expected:
             raise UsageError(
                 f"{folder / CONFIG} says vocab_size x hidden_size {expected[0]} x {expected[1]}, and the "
@@ -251,19 +247,6 @@ def _demo() -> Path:
     return folder
 
 
-def _download(repo: str) -> Path:
-    try:
-        from huggingface_hub import snapshot_download
-
-        return Path(snapshot_download(repo, allow_patterns=list(_HUB_FILES)))
-    except Exception as error:  # the Hub client has dozens of errors; each of them means: not to be had
-        raise UsageError(
-            f"there is no folder {repo!r}, and the Hub model of that name could not be had: "
-            f"{type(error).__name__}: {_brief(error)}",
-            "Check the name and the connection.",
-        ) from error
-
-
 def _names(folder: Path) -> list[str]:
     try:
         return [entry.name for entry in folder.iterdir()]
@@ -275,11 +258,6 @@ def _as_dtype(name: str) -> torch.dtype:
     import torch
 
     return {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}[name]
-
-
-def _brief(error: BaseException) -> str:
-    line = next((line.strip() for line in str(error).splitlines() if line.strip()), "no reason given")
-    return line if len(line) <= 200 else line[:197] + "..."
 
 
 __all__ = [

@@ -12,7 +12,8 @@ from pathlib import Path, PurePosixPath
 from typing import Any
 
 from linearize._version import __version__
-from linearize.artifacts.atomic import sha256, write_json
+from linearize.artifacts.atomic import remove_leftovers, sha256, write_json
+from linearize.artifacts.weights import require_inside, require_regular
 from linearize.errors import UsageError
 
 MANIFEST = "linearize.json"
@@ -22,6 +23,8 @@ _PACKAGES = ("torch", "transformers", "tokenizers", "safetensors", "peft", "acce
 _OURS = frozenset({"format", "files", "versions", "code_digest"})
 # A file of these kinds that the manifest does not list could change what is loaded.
 _LOADED = (".py", ".safetensors", ".safetensors.index.json")
+EDITABLE = ("README.md",)
+"""For people: they and the Hub's pages may edit it, and nothing reads it to run a model. It has no hash."""
 
 
 def write_manifest(directory: str | os.PathLike[str], extra: Mapping[str, Any]) -> dict[str, Any]:
@@ -34,12 +37,13 @@ def write_manifest(directory: str | os.PathLike[str], extra: Mapping[str, Any]) 
     clash = sorted(_OURS & set(extra))
     if clash:
         raise ValueError(f"manifest keys computed here cannot be given: {', '.join(clash)}")
+    remove_leftovers(folder / MANIFEST)  # of a writer that was killed: no part of the artifact
     files: dict[str, dict[str, Any]] = {}
     for path in sorted(folder.rglob("*")):
         if path.is_symlink():
             raise ValueError(f"an artifact holds no links: {path}")
         name = path.relative_to(folder).as_posix()
-        if path.is_file() and name != MANIFEST:
+        if path.is_file() and name != MANIFEST and name not in EDITABLE:
             files[name] = {"sha256": sha256(path), "size": path.stat().st_size}
     manifest = {"format": FORMAT, **extra, "versions": versions(), "code_digest": code_digest(), "files": files}
     write_json(folder / MANIFEST, manifest)
@@ -49,6 +53,8 @@ def write_manifest(directory: str | os.PathLike[str], extra: Mapping[str, Any]) 
 def read_manifest(directory: str | os.PathLike[str]) -> dict[str, Any]:
     """The manifest of `directory` as a dict; UsageError when it is absent or not one."""
     path = Path(directory) / MANIFEST
+    require_inside(path.parent, path)
+    require_regular(path)
     try:
         if path.stat().st_size > _SIZE_CAP:
             raise UsageError(f"{path} is larger than {_SIZE_CAP >> 20} MB, so it is no manifest")
@@ -66,18 +72,24 @@ def read_manifest(directory: str | os.PathLike[str]) -> dict[str, Any]:
     return manifest
 
 
-def verify_manifest(directory: str | os.PathLike[str]) -> list[str]:
+def verify_manifest(directory: str | os.PathLike[str], *, without_code: bool = False) -> list[str]:
     """Compare `directory` with its manifest. One line a problem, in the order of the files; [] when all is as written.
 
     Sizes come before hashes, so a truncated file is named without reading it. Files that nobody loads (a README, notes)
-    may be added; code and weights may not.
+    may be added; code and weights may not. `without_code`: Python files may be absent, as in a download from the Hub,
+    which never fetches them; one that is there must be as written.
     """
     folder = Path(directory)
     try:
         manifest = read_manifest(folder)
     except UsageError as error:
         return [str(error)]
-    problems = [problem for name, entry in manifest["files"].items() if (problem := _check(folder, name, entry))]
+    problems = []
+    for name, entry in manifest["files"].items():
+        if name in EDITABLE or (without_code and name.endswith(".py") and not os.path.lexists(folder / name)):
+            continue
+        if problem := _check(folder, name, entry):
+            problems.append(problem)
     for path in sorted(folder.rglob("*")):
         name = path.relative_to(folder).as_posix()
         hidden = any(part.startswith(".") for part in PurePosixPath(name).parts)
@@ -118,6 +130,10 @@ def _check(folder: Path, name: str, entry: Any) -> str | None:
     path = folder / name
     if not path.is_file():
         return f"{path} is missing"
+    try:
+        require_inside(folder, path)
+    except UsageError as error:
+        return str(error)
     size = path.stat().st_size
     if size != entry["size"]:
         return f"{path} has {size} bytes, {MANIFEST} says {entry['size']}: it is truncated or was replaced"
@@ -131,4 +147,5 @@ def is_plain_relative(name: Any) -> bool:
     if not isinstance(name, str) or not name or "\\" in name or "\0" in name or ":" in name:
         return False
     path = PurePosixPath(name)
-    return not path.is_absolute() and ".." not in path.parts and path.as_posix() == name
+    short = all(len(part.encode("utf-8", "replace")) <= 255 for part in path.parts)
+    return short and not path.is_absolute() and ".." not in path.parts and path.as_posix() == name

@@ -6,10 +6,11 @@ anything is allocated. Only safetensors are read: pickled weights can run code.
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import json
 import os
-from collections.abc import Iterator
+import stat
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -19,8 +20,9 @@ from linearize.errors import RefusedError, UsageError
 
 INDEX = "model.safetensors.index.json"
 SINGLE = "model.safetensors"
-HEADER_CAP = 100_000_000  # bytes, as in the safetensors format
-JSON_CAP = 64 << 20
+# Bytes. The format allows headers of 100 MB; parsed, one would take gigabytes, and 32 MiB describe 250 000 tensors.
+HEADER_CAP = 32 << 20
+JSON_CAP = 32 << 20
 FINITE_CHUNK = 1 << 24  # elements looked at in one go
 _PICKLED = (".bin", ".pt", ".pth", ".ckpt", ".pkl")
 # Files that decide what a checkpoint computes. They make its digest.
@@ -85,6 +87,7 @@ def read_header(path: str | os.PathLike[str]) -> dict[str, TensorInfo]:
     tensors cover the data exactly, without holes, overlaps or a tail.
     """
     path = Path(path)
+    require_regular(path)
     try:
         size = path.stat().st_size
         with open(path, "rb") as file:
@@ -103,7 +106,12 @@ def read_header(path: str | os.PathLike[str]) -> dict[str, TensorInfo]:
         header = json.loads(raw.decode("utf-8"), object_pairs_hook=_no_duplicates)
     except (ValueError, RecursionError) as error:
         raise _damaged(path, "its header is not valid JSON") from error
-    header.pop("__metadata__", None)
+    notes = header.pop("__metadata__", {})
+    if not isinstance(notes, dict) or not all(isinstance(note, str) for note in notes.values()):
+        raise _damaged(path, "its metadata is not a mapping of texts")
+    for name in header:
+        if not name.isprintable() or not name:  # libraries print names as they are
+            raise _damaged(path, f"a tensor is named {name!r}")
     tensors = {name: _tensor(path, name, entry) for name, entry in header.items()}
     position = 0
     for name, info in sorted(tensors.items(), key=lambda item: (item[1].begin, item[1].end)):
@@ -134,6 +142,7 @@ def list_shards(folder: str | os.PathLike[str]) -> list[Path]:
             )
         raise UsageError(f"{folder} holds no weights: neither {SINGLE} nor {INDEX}")
     for name in names:
+        require_regular(folder / name)
         if not (folder / name).is_file():
             raise UsageError(f"{folder / name} is missing", f"{INDEX} names it." if name != SINGLE else None)
         require_inside(folder, folder / name)
@@ -148,14 +157,20 @@ def read_index(index: str | os.PathLike[str]) -> dict[str, str]:
     if not isinstance(weight_map, dict) or not weight_map:
         raise UsageError(f"{index} has no weight_map")
     for tensor, name in weight_map.items():
-        plain = isinstance(name, str) and name == os.path.basename(name) and not set(name) & set("\\:\0")
-        if not plain or not name or name.startswith("."):
+        if not _plain_name(name):
             raise UsageError(
                 f"{index} points outside its folder: {name!r} for tensor {tensor!r}", "Only plain file names are read."
             )
         if not name.endswith(".safetensors"):
             raise UsageError(f"{index} names {name!r}, which is not a safetensors file")
     return weight_map
+
+
+def _plain_name(name: Any) -> bool:
+    """Whether `name` can be a visible file of this folder and of no other."""
+    if not isinstance(name, str) or not name.isprintable() or name != os.path.basename(name):
+        return False
+    return bool(name) and not name.startswith(".") and not set(name) & set("\\:") and len(name.encode()) <= 255
 
 
 def read_tensors(folder: str | os.PathLike[str]) -> dict[str, tuple[Path, TensorInfo]]:
@@ -167,7 +182,9 @@ def read_tensors(folder: str | os.PathLike[str]) -> dict[str, tuple[Path, Tensor
     for shard in shards:
         for name, info in read_header(shard).items():
             if name in tensors:
-                raise UsageError(f"tensor {name!r} is in both {tensors[name][0].name} and {shard.name} of {folder}")
+                raise UsageError(
+                    f"tensor {name!r:.200} is in both {tensors[name][0].name} and {shard.name} of {folder}"
+                )
             tensors[name] = (shard, info)
     if shards != [folder / SINGLE]:
         for name, file in read_index(folder / INDEX).items():
@@ -181,22 +198,19 @@ def read_tensors(folder: str | os.PathLike[str]) -> dict[str, tuple[Path, Tensor
 def require_finite(folder: str | os.PathLike[str]) -> None:
     """RefusedError, naming tensor and file, if any weight is NaN or infinite. Streams, a chunk at a time."""
     import torch
-    from safetensors import SafetensorError, safe_open
 
-    for shard in list_shards(folder):
-        try:
-            with safe_open(shard, framework="pt") as file:
-                for name in file.keys():  # noqa: SIM118 (a safetensors handle, not a dict)
-                    for chunk in _chunks(file, name):
-                        if not chunk.is_floating_point():
-                            continue
-                        wide = chunk if chunk.element_size() > 1 else chunk.float()
-                        if torch.isfinite(wide).all():
-                            continue
-                        what = "NaN" if torch.isnan(wide).any() else "Inf"
-                        raise RefusedError(f"tensor {name!r} in {shard} holds {what}", "The checkpoint is damaged.")
-        except SafetensorError as error:
-            raise _damaged(shard, str(error)) from error
+    from linearize.artifacts.pieces import open_stored
+
+    with open_stored(folder) as stored:
+        for name, (shard, _) in stored.tensors.items():
+            for chunk in stored.pieces(name, FINITE_CHUNK):
+                if not chunk.is_floating_point():
+                    break
+                wide = chunk if chunk.element_size() > 1 else chunk.float()
+                if torch.isfinite(wide).all():
+                    continue
+                what = "NaN" if torch.isnan(wide).any() else "Inf"
+                raise RefusedError(f"tensor {name!r:.200} in {shard} holds {what}", "The checkpoint is damaged.")
 
 
 def digest_checkpoint(folder: str | os.PathLike[str]) -> str:
@@ -216,6 +230,7 @@ def checkpoint_bytes(folder: str | os.PathLike[str]) -> int:
 
 def read_json(path: Path, *, cap: int) -> dict[str, Any]:
     """One JSON object from a file of at most `cap` bytes; UsageError for anything else, NaN and duplicate keys too."""
+    require_regular(path)
     try:
         if path.stat().st_size > cap:
             raise UsageError(f"{path} is larger than {cap >> 20} MB")
@@ -231,6 +246,18 @@ def read_json(path: Path, *, cap: int) -> dict[str, Any]:
     return value
 
 
+def require_regular(path: Path) -> None:
+    """UsageError if `path` is there and is no file: reading a pipe or a device may never end."""
+    try:
+        mode = path.stat().st_mode
+    except (OSError, ValueError) as error:
+        if isinstance(error, OSError) and error.errno == errno.ELOOP:
+            raise UsageError(f"{path} is a link to itself", "Put the file itself there.") from error
+        return  # absent: for whoever needs it to say
+    if not stat.S_ISREG(mode):
+        raise UsageError(f"{path} is not a file", "Copy or download it again.")
+
+
 def require_inside(folder: Path, path: Path) -> None:
     """UsageError if `path` is a link that leaves `folder`. The Hub's cache links into its own blobs folder: allowed."""
     real, home = Path(os.path.realpath(path)), Path(os.path.realpath(folder))
@@ -239,20 +266,6 @@ def require_inside(folder: Path, path: Path) -> None:
     if home.parent.name == "snapshots" and real.parent == home.parent.parent / "blobs":
         return
     raise UsageError(f"{path} is a link that leaves its folder", "Put the file itself there.")
-
-
-def _chunks(file: Any, name: str) -> Iterator[Any]:
-    view = file.get_slice(name)
-    shape = view.get_shape()
-    if not shape or 0 in shape:
-        yield file.get_tensor(name)
-        return
-    row = 1
-    for side in shape[1:]:
-        row *= side
-    rows = max(1, FINITE_CHUNK // row)
-    for start in range(0, shape[0], rows):
-        yield view[start : min(start + rows, shape[0])]
 
 
 def _tensor(path: Path, name: str, entry: Any) -> TensorInfo:
@@ -270,7 +283,9 @@ def _tensor(path: Path, name: str, entry: Any) -> TensorInfo:
 
 
 def _natural_numbers(value: Any) -> bool:
-    return isinstance(value, list) and all(isinstance(n, int) and not isinstance(n, bool) and n >= 0 for n in value)
+    return isinstance(value, list) and all(
+        isinstance(n, int) and not isinstance(n, bool) and 0 <= n < 1 << 63 for n in value
+    )
 
 
 def _no_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:

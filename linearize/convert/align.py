@@ -10,7 +10,7 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Collection, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
 import numpy as np
@@ -18,21 +18,25 @@ import torch
 from torch import Tensor, nn
 
 from linearize.convert.capture import TeacherLayer, captured
-from linearize.convert.checkpoint import Checkpoint, Run, pack_state, save, unpack_state
+from linearize.convert.checkpoint import Checkpoint, Run, pack_state, save
 from linearize.convert.optim import (
     autocast,
     clip,
     derived_uniform,
+    highest_rate,
     make_optimizer,
     rate_groups,
     set_learning_rate,
     trainable,
 )
 from linearize.convert.replay import Replay, gradient_buffers, worth_recording
-from linearize.convert.stages import RECENT, StageShape, StageState
+from linearize.convert.restore import restoring, state_of, unpack_state
+from linearize.convert.stages import RECENT, StageShape, StageState, note
 from linearize.convert.surgery import trained_names
+from linearize.convert.task import CAUSAL, Task
 from linearize.data import batches
 from linearize.errors import VerificationError
+from linearize.modeling.family_table import body, lookup
 from linearize.progress import Progress
 from linearize.recipe import Align
 
@@ -78,17 +82,19 @@ def window_hidden(align: Align, layer: int, *, seed: int, step: int, micro: int)
     return align.window_dropout > 0 and derived_uniform(seed, "window", step, micro, layer) < align.window_dropout
 
 
-def student_layer(attention: nn.Module, layer: TeacherLayer, branches: str, *, weights: bool) -> tuple[Tensor, ...]:
-    """Run a student's attention on the teacher's input.
+def student_layer(
+    attention: nn.Module, layer: TeacherLayer, branches: str, *, weights: bool, real: Tensor | None = None
+) -> tuple[Tensor, ...]:
+    """Run a student's attention on the teacher's input; `real` bool [B, T] tells padding to an encoder's.
 
     Returns its heads [B, T, H, D], its output [B, T, hidden] and, with `weights`, its row weights [B, H, T, T] (else an
     empty tensor).
     """
     mixer: Any = attention.mixer
     mixer.branches, mixer.record, mixer.record_weights = branches, True, weights
+    padding = {} if real is None else {"mixer_real": real}
     try:
-        kwargs = layer.kwargs | {"attention_mask": None, "past_key_values": None}
-        output = attention(layer.hidden_states, **kwargs)[0]
+        output = attention(layer.hidden_states, **layer.kwargs, **padding)[0]
         return mixer.last_output, output, mixer.last_weights if weights else output.new_empty(0)
     finally:
         mixer.branches, mixer.record, mixer.record_weights = "full", False, False
@@ -101,14 +107,27 @@ def normalised_error(ours: Tensor, theirs: Tensor) -> Tensor:
     return (ours.float() - theirs).square().mean() / theirs.square().mean().clamp_min(FLOOR)
 
 
-def layer_loss(attention: nn.Module, layer: TeacherLayer, branches: str, objective: str) -> tuple[Tensor, Tensor]:
+def layer_loss(
+    attention: nn.Module, layer: TeacherLayer, branches: str, objective: str, real: Tensor | None = None
+) -> tuple[Tensor, Tensor]:
     """The loss of one layer, with its graph, and its normalised error (of what is matched), without.
+
+    Tokens that `real` [B, T] says are padding count for neither.
 
     output:  mean |y - y*|^2 / mean |y*|^2 over the outputs of the heads, before o_proj
     weights: mean over rows of -sum_j a*_j log a_j
     hidden:  mean over tokens of |o - o*|_2 / sqrt(hidden), after o_proj
     """
-    heads, output, weights = student_layer(attention, layer, branches, weights=objective == "weights")
+    heads, output, weights = student_layer(attention, layer, branches, weights=objective == "weights", real=real)
+    if real is not None:
+        layer = replace(
+            layer,
+            heads=layer.heads[real],
+            output=layer.output[real],
+            weights=None if layer.weights is None else layer.weights.transpose(1, 2)[real],
+        )
+        heads, output = heads[real], output[real]
+        weights = weights.transpose(1, 2)[real] if objective == "weights" else weights
     return _distance(heads, output, weights, layer, objective)
 
 
@@ -120,15 +139,14 @@ def joint_loss(attention: nn.Module, layer: TeacherLayer, objective: str) -> tup
     mixer: Any = attention.mixer
     mixer.record = True
     try:
-        kwargs = layer.kwargs | {"attention_mask": None, "past_key_values": None}
-        output = attention(layer.hidden_states, **kwargs)[0]
+        output = attention(layer.hidden_states, **layer.kwargs)[0]
         heads, linear = mixer.last_output, mixer.last_linear.to(output.dtype)
     finally:
         mixer.record, mixer.last_output, mixer.last_linear = False, None, None
-    projection: Any = attention.o_proj
     nothing = output.new_empty(0)
     loss, error = _distance(heads, output, nothing, layer, objective)
-    alone, _ = _distance(linear, projection(linear.flatten(-2)), nothing, layer, objective)
+    projected = attention.family.project_heads(attention, linear)  # type: ignore[union-attr, operator]
+    alone, _ = _distance(linear, projected, nothing, layer, objective)
     return loss + alone, error
 
 
@@ -163,25 +181,30 @@ def transfer_micro_batch(
     *,
     hidden: Collection[int] = (),
     scale: float = 1.0,
+    task: Task = CAUSAL,
 ) -> Tensor:
     """Run the teacher on ids [B, T]; add `scale` times every layer's gradients to its parameters.
 
     Layers in `hidden` run without their window. Returns losses and normalised errors, fp32 [2, layers].
     """
     losses, errors = [], []
+    real, layout = task.real(ids), task.layout(ids)
 
     def on_layer(layer: TeacherLayer) -> None:
         attention = attentions[layer.index]
+        if layout is not None:
+            layer = replace(layer, kwargs=layer.kwargs | {"mixer_layout": layout})
         total: Tensor | None = None
         error: Tensor | None = None
         todo = branches_of(align, hidden=layer.index in hidden)
         shared = len(todo) == 2 and align.objective != "weights" and not attention.mixer.spec.lagged  # type: ignore[union-attr]
+        shared &= layout is None  # the linear branch alone is kept as it was computed, a document a row
         for branches in todo[:1] if shared else todo:
             with torch.enable_grad():
                 if shared:
                     loss, branch_error = joint_loss(attention, layer, align.objective)
                 else:
-                    loss, branch_error = layer_loss(attention, layer, branches, align.objective)
+                    loss, branch_error = layer_loss(attention, layer, branches, align.objective, real)
                 # Outside autocast: the mixer's own fp32 products must not be differentiated in bf16.
                 with torch.autocast(ids.device.type, enabled=False):
                     (loss * scale).backward()
@@ -196,7 +219,7 @@ def transfer_micro_batch(
         autocast(ids.device),
         captured(teacher, list(attentions), on_layer, weights=align.objective == "weights"),
     ):
-        teacher.model(input_ids=ids, use_cache=False)
+        body(teacher)(**task.call(ids))
     return torch.stack((torch.stack(losses), torch.stack(errors))).float()
 
 
@@ -212,6 +235,7 @@ def align_layers(
     run: Run,
     start: Checkpoint | None,
     progress: Progress,
+    task: Task = CAUSAL,
 ) -> StageState:
     """Train the linear layers of `student` on `windows` [N, T], `micro` windows at a time.
 
@@ -231,30 +255,35 @@ def align_layers(
     )
     state = StageState()
     if start is not None:
-        unpack_state(start.tensors(), parameters, optimizer)
-        state = StageState(**start.state)
-    tracks = {i: LayerTrack(**state.extra.get(str(i), {})) for i in attentions}
+        with restoring(start):
+            unpack_state(start.tensors(), parameters, optimizer)
+            state = StageState(**state_of(start))
+            match(state)
+    with restoring(start):
+        tracks = {i: LayerTrack(**state.extra.get(str(i), {})) for i in attentions}
     device = next(student.parameters()).device
     begin, first = time.monotonic(), state.step
     spent = state.seconds
 
     def micro_batch(ids: Tensor, hidden: tuple[int, ...]) -> Tensor:
         scale = len(ids) / shape.batch
-        return transfer_micro_batch(teacher, attentions, ids, align, hidden=hidden, scale=scale)
+        return transfer_micro_batch(teacher, attentions, ids, align, hidden=hidden, scale=scale, task=task)
 
     # With hidden windows there are as many kinds of steps as sets of layers, too many to record.
-    replay = Replay(micro_batch, device, enabled=worth_recording(teacher, device) and not align.window_dropout)
+    plain = not align.window_dropout and not task.varied
+    replay = Replay(micro_batch, device, enabled=plain and worth_recording(teacher, device))
     with trainable(parameters.values()), gradient_buffers(parameters.values()), run.listening():
         for step in range(first, shape.steps):
             set_learning_rate(optimizer, step, steps=shape.steps, warmup=align.warmup, min_lr=align.min_lr)
-            rows = torch.from_numpy(batches(windows, batch_size=shape.batch, seed=seed, step=shape.offset + step))
+            rows = batches(windows, batch_size=shape.batch, seed=seed, step=shape.offset + step)
+            ids, _ = task.examples(rows, seed, "mask", shape.name, step)
             results = []
-            for number, part in enumerate(rows.to(device).long().split(micro)):
+            for number, part in enumerate(ids.to(device).split(micro)):
                 hidden = tuple(i for i in attentions if window_hidden(align, i, seed=seed, step=step, micro=number))
                 results.append(MicroResult(table=replay(part, kind=hidden), hidden=hidden))
             # Each layer by itself: none is slowed down by another one's large gradient.
             norms = [clip((parameters[n] for n in names), align.clip) for names in members.values()]
-            _take_in(tracks, results, norms, step)
+            seen = _take_in(tracks, results, norms, step)
             optimizer.step()
             optimizer.zero_grad(set_to_none=False)
             state.step = step + 1
@@ -270,6 +299,7 @@ def align_layers(
             if rows_of_layers:
                 worst = min(rows_of_layers, key=lambda row: row["explained"])
                 extra = {"mean_match": mean_match(state), "worst_match": worst["explained"], "layer": worst["layer"]}
+            note(state, shape.name, {"lr": highest_rate(optimizer), **figures_of(seen)})
             tokens = state.step * shape.batch * shape.context
             progress.step(shape.name, state.step, state.loss_last or 0.0, tokens, extra)
             if run.due() or state.step == shape.steps:
@@ -283,7 +313,10 @@ def align_layers(
 
 def aligned_names(student: Any, align: Align, layers: Collection[int]) -> list[str]:
     """The parameters that alignment trains in these layers: inside the attention modules, by `align.train`."""
-    return [n for n in trained_names(student, align.train, layers) if ".self_attn." in n]
+    family = lookup(student.config)
+    inside = (f"{family.attention}.", *family.projections.values())
+    prefixes = tuple(f"{family.layer_path(layer)}.{path}" for layer in layers for path in inside)
+    return [n for n in trained_names(student, align.train, layers, key="align.train") if n.startswith(prefixes)]
 
 
 def match(state: StageState) -> list[dict[str, Any]]:
@@ -302,14 +335,30 @@ def match(state: StageState) -> list[dict[str, Any]]:
     ]
 
 
+def figures_of(seen: dict[int, tuple[float, float] | None]) -> dict[str, float | None]:
+    """A step's figures for the history, from loss and normalised error of each layer (None: it ran windowless)."""
+    known = [pair[0] for pair in seen.values() if pair is not None]
+    values: dict[str, float | None] = {"loss": sum(known) / len(known) if known else None}
+    for index, pair in seen.items():
+        values[f"loss/{index}"] = None if pair is None else pair[0]
+        values[f"match/{index}"] = None if pair is None else 1.0 - pair[1]
+    return values
+
+
 def mean_match(state: StageState) -> float | None:
     """Share of the teacher's attention outputs that is explained (1 - normalised error), mean over the layers."""
     rows = match(state)
     return sum(row["explained"] for row in rows) / len(rows) if rows else None
 
 
-def _take_in(tracks: dict[int, LayerTrack], results: Sequence[MicroResult], norms: Sequence[Tensor], step: int) -> None:
-    """Update the tracks; stop on a layer that is not finite or has diverged. One transfer from the device."""
+def _take_in(
+    tracks: dict[int, LayerTrack], results: Sequence[MicroResult], norms: Sequence[Tensor], step: int
+) -> dict[int, tuple[float, float] | None]:
+    """Update the tracks; stop on a layer that is not finite or has diverged. One transfer from the device.
+
+    Returns loss and normalised error of each layer in this step, None where it ran without its window throughout.
+    """
+    taken: dict[int, tuple[float, float] | None] = {}
     table = torch.stack([r.table for r in results]).cpu().tolist()
     finite = torch.stack([n.float().cpu() for n in norms]).isfinite().tolist()
     for place, (index, track) in enumerate(tracks.items()):
@@ -320,15 +369,17 @@ def _take_in(tracks: dict[int, LayerTrack], results: Sequence[MicroResult], norm
                 "Lower align.lr or align.clip",
             )
         seen = [pair for pair, result in zip(values, results, strict=True) if index not in result.hidden]
-        if not seen:
+        taken[index] = (sum(s[0] for s in seen) / len(seen), sum(s[1] for s in seen) / len(seen)) if seen else None
+        if (pair := taken[index]) is None:
             continue
-        track.add(sum(s[0] for s in seen) / len(seen), sum(s[1] for s in seen) / len(seen))
+        track.add(*pair)
         if track.first is not None and track.loss > DIVERGED * max(track.first, FLOOR) and track.nmse > 1.0:
             raise VerificationError(
                 f"layer {index}: the alignment diverged, its loss is {track.loss:.3g} at step {step + 1} and began at "
                 f"{track.first:.3g}",
                 "Lower align.lr",
             )
+    return taken
 
 
 def _check_moved(

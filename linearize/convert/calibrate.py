@@ -24,6 +24,7 @@ from linearize.convert.observe import Observed, mixer_call
 from linearize.convert.optim import derived_seed
 from linearize.convert.trial import SCALES, Proposal, Trial, assign, pick, solve_scale, squared_error
 from linearize.data import batches
+from linearize.modeling.family_table import body
 from linearize.modeling.mixer import Mixer
 from linearize.progress import Progress
 
@@ -57,8 +58,7 @@ def calibrate(
     attentions = {index: module for index, module in found.items() if module.mixer.spec.write != "none"}
     if not attentions:
         return []
-    count = max(1, min(len(windows), round(tokens / windows.shape[1])))
-    picked = batches(windows, batch_size=count, seed=derived_seed(seed, "calibrate"), step=0)
+    picked = picked_windows(windows, tokens=tokens, seed=seed)
     progress.message(f"calibrating {len(attentions)} layers on {picked.size:,} tokens")
     every = math.ceil(picked.size / observe.SAMPLE)
     seen = {index: Observed() for index in attentions}
@@ -80,6 +80,12 @@ def calibrate(
         | settle(module.mixer, trials[index])
         for index, module in attentions.items()
     ]
+
+
+def picked_windows(windows: np.ndarray, *, tokens: int, seed: int) -> np.ndarray:
+    """The rows of `windows` [N, T] that a calibration on about `tokens` tokens reads: whole windows, one at least."""
+    count = max(1, min(len(windows), round(tokens / windows.shape[1])))
+    return batches(windows, batch_size=count, seed=derived_seed(seed, "calibrate"), step=0)
 
 
 def propose(mixer: Mixer, seen: Observed) -> Trial:
@@ -157,7 +163,7 @@ def _run(
     device = next(teacher.parameters()).device
     for number, row in enumerate(rows):  # one at a time: its attention weights are T x T for every head
         with captured(teacher, layers, partial(on_layer, number), weights=weights):
-            teacher.model(input_ids=torch.from_numpy(row[None]).to(device).long(), use_cache=False)
+            body(teacher)(input_ids=torch.from_numpy(row[None]).to(device).long(), use_cache=False)
 
 
 def _same(one: dict[str, Tensor], other: dict[str, Tensor]) -> bool:

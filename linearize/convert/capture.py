@@ -9,13 +9,15 @@ from __future__ import annotations
 from collections.abc import Callable, Collection, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 from transformers import AttentionInterface
-from transformers.integrations.sdpa_attention import repeat_kv, sdpa_attention_forward
 from transformers.masking_utils import AttentionMaskInterface, sdpa_mask
+
+from linearize.modeling.family_table import lookup
+from linearize.modeling.softcap import attention_weights, softmax_attention
 
 ATTENTION = "linearize_teacher"
 WANTED = "linearize_wanted"
@@ -30,32 +32,13 @@ class TeacherLayer:
     hidden_states: Tensor
     """[B, T, hidden]: what the module read (after the layer's input norm)."""
     kwargs: dict[str, Any]
-    """The other arguments of its forward, e.g. position_embeddings = (cos, sin)."""
+    """The other arguments of its forward, e.g. position_embeddings = (cos, sin), but no mask and no cache."""
     heads: Tensor
     """[B, T, H, D]: its output per head, before o_proj."""
     weights: Tensor | None
     """[B, H, T, T] fp32 attention weights, if asked for."""
     output: Tensor
     """[B, T, hidden]: its output."""
-
-
-def attention_weights(
-    module: nn.Module, query: Tensor, key: Tensor, mask: Tensor | None, scaling: float | None
-) -> Tensor:
-    """softmax(q k^T * scaling) in fp32, [B, H, T, T], for q [B, H, T, D] and k [B, HK, T, D].
-
-    `mask` is boolean (True: may attend), additive, or None for plain causal attention.
-    """
-    key = repeat_kv(key, query.shape[1] // key.shape[1])
-    scores = (query.float() @ key.float().transpose(-1, -2)) * (scaling or query.shape[-1] ** -0.5)
-    if mask is None:
-        length = query.shape[-2]
-        mask = torch.ones(length, length, dtype=torch.bool, device=query.device).tril()
-    if mask.dtype == torch.bool:
-        scores = scores.masked_fill(~mask, float("-inf"))
-    else:
-        scores = scores + mask
-    return scores.softmax(-1)
 
 
 def _teacher_attention(
@@ -66,14 +49,11 @@ def _teacher_attention(
     attention_mask: Tensor | None,
     **kwargs: Any,
 ) -> tuple[Tensor, Tensor | None]:
-    """Plain sdpa that leaves what a hook wants on the module."""
-    output, _ = sdpa_attention_forward(module, query, key, value, attention_mask, **kwargs)
+    """The teacher's attention, that leaves what a hook wants on the module."""
+    output = softmax_attention(module, query, key, value, attention_mask, **kwargs)
     wanted = getattr(module, WANTED, None)
     if wanted is not None:
-        weights = None
-        if wanted == "weights":
-            with torch.autocast(query.device.type, enabled=False):
-                weights = attention_weights(module, query, key, attention_mask, kwargs.get("scaling"))
+        weights = attention_weights(module, query, key, attention_mask, **kwargs) if wanted == "weights" else None
         setattr(module, TAKEN, (output, weights))
     return output, None
 
@@ -94,13 +74,16 @@ def captured(
     before = teacher.config._attn_implementation
     handles = []
 
-    def hook(module: Any, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
+    family = lookup(teacher.config)
+
+    def hook(index: int, module: Any, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
         heads, row_weights = module.__dict__.pop(TAKEN)
-        rest = dict(kwargs)
+        rest = dict(zip(family.arguments, args[1:], strict=False)) | kwargs
         hidden_states = args[0] if args else rest.pop("hidden_states")
+        rest |= {"attention_mask": None, family.cache: None}
         on_layer(
             TeacherLayer(
-                index=module.layer_idx,
+                index=index,
                 hidden_states=hidden_states,
                 kwargs=rest,
                 heads=heads,
@@ -109,17 +92,17 @@ def captured(
             )
         )
 
-    modules = [teacher.model.layers[index].self_attn for index in layers]
+    modules = {index: family.attention_of(teacher, index) for index in layers}
     teacher.set_attn_implementation(ATTENTION)
     try:
-        for module in modules:
+        for index, module in modules.items():
             setattr(module, WANTED, "weights" if weights else "heads")
-            handles.append(module.register_forward_hook(hook, with_kwargs=True))
+            handles.append(module.register_forward_hook(partial(hook, index), with_kwargs=True))
         yield
     finally:
         for handle in handles:
             handle.remove()
-        for module in modules:
+        for module in modules.values():
             module.__dict__.pop(WANTED, None)
             module.__dict__.pop(TAKEN, None)
         teacher.set_attn_implementation(before)

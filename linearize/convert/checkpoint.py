@@ -1,7 +1,7 @@
 """The run folder beside OUT: a lock, what the run is, and the newest checkpoints. Safetensors and JSON only.
 
 .OUT.linearize-run/
-    lock                     held while a convert writes into OUT
+    lock                     held (flock) while a convert writes into OUT; says which process, on which host, since when
     run.json                 what must be the same for a resume: digests of recipe, data and teacher
     00-align-00000120/       tensors.safetensors, state.json, and manifest.json, written last
     verify/                  a copy of the export while fresh processes load it
@@ -10,33 +10,36 @@
 from __future__ import annotations
 
 import fcntl
-import json
 import os
+import re
 import shutil
 import signal
 import threading
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import FrameType
 from typing import Any
 
-import torch
 from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from linearize.artifacts.atomic import atomic_directory, sha256, write_json
-from linearize.convert.early import LOCK, checkpoints, in_use, run_folder, unfinished
+from linearize.artifacts.weights import read_header, read_json, require_inside, require_regular
+from linearize.convert.early import LOCK, checkpoints, in_use, run_folder, sign_lock, unfinished
 from linearize.convert.optim import AnyOptimizer
-from linearize.errors import RefusedError
+from linearize.errors import RefusedError, UsageError
 
 STAGES = ("align", "finetune")
 KEEP = 2
 SECONDS = 60.0
 """Seconds between two checkpoints; more where writing one takes longer than a twentieth of that."""
+RECORD_CAP = 1 << 20
+STATE_CAP = 16 << 20
+_NAME = re.compile(r"(\d{2})-([a-z]{1,16})-(\d{8,12})")
 MANIFEST = "manifest.json"
 TENSORS = "tensors.safetensors"
 STATE = "state.json"
@@ -112,8 +115,11 @@ def open_run(out: Path) -> Iterator[Run]:
     made = [parent for parent in path.parents if not parent.exists()]  # innermost first
     lock = _take_lock(path, out)
     run = Run(path=path, lock=lock)
-    for leftover in (*path.glob(".*.tmp-*"), run.room):
-        shutil.rmtree(leftover, ignore_errors=True)
+    for leftover in (*path.glob(".*.tmp-*"), *path.glob(".*.old-*"), run.room):
+        if leftover.is_dir() and not leftover.is_symlink():
+            shutil.rmtree(leftover, ignore_errors=True)
+        else:
+            leftover.unlink(missing_ok=True)
     try:
         with _signals(run):
             yield run
@@ -133,21 +139,27 @@ def open_run(out: Path) -> Iterator[Run]:
 def _take_lock(path: Path, out: Path) -> int:
     while True:
         try:
+            if path.is_symlink():
+                raise RefusedError(f"{path} is a link", "Remove it or choose another OUT")
             path.mkdir(parents=True, exist_ok=True)
-            lock = os.open(path / LOCK, os.O_CREAT | os.O_RDWR, 0o644)
+            lock = os.open(path / LOCK, os.O_CREAT | os.O_RDWR | os.O_NOFOLLOW, 0o644)
         except OSError as error:
             raise RefusedError(f"{path}: cannot be written ({error.strerror})", "Choose another OUT") from error
         try:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError as error:
             os.close(lock)
-            raise in_use(out) from error
+            raise in_use(out, error) from error
         try:
             # The folder may have been removed by a run that ended between opening and locking.
             if os.path.samestat(os.fstat(lock), os.stat(path / LOCK)):
+                sign_lock(lock)
                 return lock
         except FileNotFoundError:
             pass
+        except BaseException:
+            os.close(lock)
+            raise
         os.close(lock)
 
 
@@ -175,28 +187,40 @@ def find_start(run: Run, identity: Mapping[str, Any], *, resume: bool) -> Checkp
     """Compare `identity` with what the folder holds; the checkpoint to go on from, or None to begin.
 
     Raises:
-        RefusedError: there is an unfinished run and `resume` is off, or it is a run of something else.
+        RefusedError: there is an unfinished run and `resume` is off, it is a run of something else, or not one of its
+            checkpoints is whole.
     """
+    found = checkpoints(run.path)
+    if not found:
+        return None
+    if not resume:
+        raise unfinished(run.path)
     newest = latest(run)
-    if newest is not None:
-        before = record(run)
-        differing = [key for key, value in identity.items() if before.get(key) != value]
-        if differing:
-            raise RefusedError(
-                f"{run.path}: holds an unfinished run of another conversion; differing: {', '.join(differing)}",
-                "Delete that folder, choose another OUT, or give the same recipe, model and data",
-            )
-        if not resume:
-            raise unfinished(run.path)
-        return newest
-    for folder in checkpoints(run.path):
-        shutil.rmtree(folder)
-    return None
+    if newest is None:
+        raise RefusedError(
+            f"{found[-1]}: is damaged, and no other checkpoint is whole", f"Delete {run.path} to start over"
+        )
+    before = record(run)
+    differing = [key for key, value in identity.items() if before.get(key) != value]
+    if differing:
+        raise RefusedError(
+            f"{run.path}: holds an unfinished run of another conversion; differing: {', '.join(differing)}",
+            "Delete that folder, choose another OUT, or give the same recipe, model and data",
+        )
+    # What lies behind the newest whole one is damaged, and would count as new when old ones are dropped.
+    _drop(folder for folder in found if folder.name > newest.path.name)
+    _drop(checkpoints(run.path)[:-KEEP])
+    return newest
 
 
 def record(run: Run) -> dict[str, Any]:
     """What `write_record` wrote, or nothing."""
-    return _read_json(run.path / RUN) or {}
+    return noted(run.path)
+
+
+def noted(path: Path) -> dict[str, Any]:
+    """What the record in a run folder says, or nothing."""
+    return _read_json(path / RUN, RECORD_CAP) or {}
 
 
 def write_record(run: Run, values: Mapping[str, Any]) -> None:
@@ -208,38 +232,59 @@ def save(run: Run, *, stage: str, step: int, tensors: Mapping[str, Tensor], stat
     """Write a checkpoint atomically and drop all but the newest `KEEP`."""
     begin = time.monotonic()
     final = run.path / f"{STAGES.index(stage):02d}-{stage}-{step:08d}"
-    if final.exists():
-        shutil.rmtree(final)
-    with atomic_directory(final) as folder:
+    with atomic_directory(final, replace=True) as folder:
         save_file({name: t.detach().cpu().contiguous() for name, t in tensors.items()}, folder / TENSORS)
         write_json(folder / STATE, dict(state))
         files = {name: sha256(folder / name) for name in (TENSORS, STATE)}
         write_json(folder / MANIFEST, {"stage": stage, "step": step, "files": files})
-    for old in checkpoints(run.path)[:-KEEP]:
-        shutil.rmtree(old, ignore_errors=True)
+    _drop(checkpoints(run.path)[:-KEEP])
     run.last_save = time.monotonic()
     run.cost = run.last_save - begin
+
+
+def _drop(folders: Iterable[Path]) -> None:
+    for folder in folders:
+        shutil.rmtree(folder, ignore_errors=True)
 
 
 def latest(run: Run) -> Checkpoint | None:
     """The newest checkpoint whose files are those of its manifest; a damaged one is passed over."""
     for folder in reversed(checkpoints(run.path)):
-        manifest = _read_json(folder / MANIFEST)
-        if manifest is None or set(manifest.get("files", ())) != {TENSORS, STATE}:
-            continue
-        digests = manifest["files"].items()
-        if all((folder / name).is_file() and sha256(folder / name) == digest for name, digest in digests):
-            state = json.loads((folder / STATE).read_text())
-            return Checkpoint(path=folder, stage=manifest["stage"], step=manifest["step"], state=state)
+        found = read_checkpoint(folder)
+        if found is not None:
+            return found
     return None
 
 
-def _read_json(path: Path) -> dict[str, Any] | None:
-    try:
-        value = json.loads(path.read_text())
-    except (OSError, ValueError):
+def read_checkpoint(folder: Path) -> Checkpoint | None:
+    """The checkpoint in `folder`, or None unless it is whole: real files, as its manifest says, under its own name."""
+    manifest, state = _read_json(folder / MANIFEST, RECORD_CAP), _read_json(folder / STATE, STATE_CAP)
+    name = _NAME.fullmatch(folder.name)
+    if manifest is None or state is None or name is None or folder.is_symlink():
         return None
-    return value if isinstance(value, dict) else None
+    stage, step, files = manifest.get("stage"), manifest.get("step"), manifest.get("files")
+    if (stage, step) != (name[2], int(name[3])) or stage not in STAGES or int(name[1]) != STAGES.index(stage):
+        return None
+    if not isinstance(files, dict) or set(files) != {TENSORS, STATE}:
+        return None
+    try:
+        for file, digest in files.items():
+            require_inside(folder, folder / file)
+            require_regular(folder / file)
+            if sha256(folder / file) != digest:
+                return None
+        read_header(folder / TENSORS)
+    except (OSError, UsageError):
+        return None
+    return Checkpoint(path=folder, stage=stage, step=int(name[3]), state=state)
+
+
+def _read_json(path: Path, cap: int) -> dict[str, Any] | None:
+    try:
+        require_inside(path.parent, path)
+        return read_json(path, cap=cap)
+    except UsageError:
+        return None
 
 
 def pack_state(parameters: Mapping[str, nn.Parameter], optimizer: AnyOptimizer | None) -> dict[str, Tensor]:
@@ -251,33 +296,3 @@ def pack_state(parameters: Mapping[str, nn.Parameter], optimizer: AnyOptimizer |
             for key, value in optimizer.state.get(parameter, {}).items():
                 tensors[f"optimizer/{key}/{name}"] = value
     return tensors
-
-
-def unpack_state(
-    tensors: Mapping[str, Tensor],
-    parameters: Mapping[str, nn.Parameter],
-    optimizer: AnyOptimizer | None,
-) -> None:
-    """Put back what `pack_state` took. Every parameter must be there, in its own shape.
-
-    Raises:
-        RefusedError: the checkpoint does not fit the model.
-    """
-    with torch.no_grad():
-        for name, parameter in parameters.items():
-            value = tensors.get(f"parameter/{name}")
-            if value is None or value.shape != parameter.shape:
-                raise RefusedError(f"the checkpoint does not hold {name} as the model needs it", "Start over")
-            parameter.copy_(value)
-    if optimizer is None:
-        return
-    owned = {id(p) for group in optimizer.param_groups for p in group["params"]}
-    for full_name, value in tensors.items():
-        kind, _, rest = full_name.partition("/")
-        if kind != "optimizer":
-            continue
-        key, _, name = rest.partition("/")
-        parameter = parameters[name]
-        if id(parameter) in owned:
-            # AdamW keeps its step counts on the CPU and its moments beside the parameter.
-            optimizer.state[parameter][key] = value if key == "step" else value.to(parameter.device)

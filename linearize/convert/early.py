@@ -2,8 +2,13 @@
 
 from __future__ import annotations
 
+import errno
 import fcntl
+import json
 import os
+import socket
+import time
+from contextlib import suppress
 from pathlib import Path
 
 from linearize.artifacts.atomic import require_empty
@@ -27,15 +32,31 @@ def refuse_early(model: str | os.PathLike[str], out: str | os.PathLike[str], dat
 
 
 def require_out(out: Path, *, resume: bool) -> None:
-    """Refuse an OUT that holds something, that another process is writing, or that has an unfinished run.
+    """Refuse an OUT that holds something, cannot be made, that another process writes, or that has an unfinished run.
 
     Raises:
         RefusedError: it does.
     """
     require_empty(out)
+    require_place_for(out)
     require_unlocked(out)
     if not resume:
         require_no_run(out)
+
+
+def require_place_for(out: Path) -> None:
+    """Refuse an OUT that could not be made where it is named; nothing is made.
+
+    Raises:
+        RefusedError: a part of its path is a file, or the folder it would lie in cannot be written to.
+    """
+    parent = out.parent
+    while not os.path.lexists(parent):
+        parent = parent.parent
+    if not parent.is_dir():
+        raise RefusedError(f"{out}: {parent} is not a folder", "Choose another OUT")
+    if not os.access(parent, os.W_OK | os.X_OK):
+        raise RefusedError(f"{out}: {parent} cannot be written to", "Choose another OUT")
 
 
 def run_folder(out: Path) -> Path:
@@ -55,13 +76,13 @@ def require_unlocked(out: Path) -> None:
         RefusedError: it does.
     """
     try:
-        lock = os.open(run_folder(out) / LOCK, os.O_RDWR)
+        lock = os.open(run_folder(out) / LOCK, os.O_RDWR | os.O_NOFOLLOW)
     except OSError:
         return  # nobody has been there, or nobody may: that is for whoever makes the folder to say
     try:
         fcntl.flock(lock, fcntl.LOCK_SH | fcntl.LOCK_NB)
     except OSError as error:
-        raise in_use(out) from error
+        raise in_use(out, error) from error
     finally:
         os.close(lock)
 
@@ -82,6 +103,34 @@ def unfinished(path: Path) -> RefusedError:
     return RefusedError(f"{path}: holds an unfinished run", "Add --resume to go on, or delete that folder")
 
 
-def in_use(out: Path) -> RefusedError:
-    """The refusal of an OUT that a living process writes."""
-    return RefusedError(f"{out}: another convert writes there", "Wait for it or choose another OUT")
+def in_use(out: Path, error: OSError) -> RefusedError:
+    """The refusal of an OUT that a living process writes, or whose disk knows no locks."""
+    if error.errno not in (errno.EAGAIN, errno.EACCES):
+        return RefusedError(f"{run_folder(out) / LOCK}: cannot be locked ({error.strerror})", "Choose another OUT")
+    return RefusedError(
+        f"{out}: another convert writes there{_holder(run_folder(out) / LOCK)}", "Wait for it or choose another OUT"
+    )
+
+
+def sign_lock(lock: int) -> None:
+    """Say in the held lock file who holds it. The kernel frees the lock when its holder dies, and only that counts:
+    what a dead process wrote there is overwritten by the next one."""
+    since = time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime())
+    line = {"pid": os.getpid(), "host": socket.gethostname(), "since": since}
+    with suppress(OSError):  # on a full disk the lock holds all the same, without a name
+        os.ftruncate(lock, 0)
+        os.pwrite(lock, json.dumps(line).encode(), 0)
+
+
+def _holder(path: Path) -> str:
+    """`: process 12 on host, since 2026-11-22T10:00:00Z`, or nothing where the file does not say it."""
+    try:
+        lock = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK)
+        try:
+            line = json.loads(os.read(lock, 4096))
+        finally:
+            os.close(lock)
+        pid, host, since = int(line["pid"]), str(line["host"])[:80], str(line["since"])[:30]
+    except (OSError, ValueError, TypeError, KeyError, RecursionError):
+        return ""
+    return f": process {pid} on {host}, since {since}"

@@ -11,28 +11,30 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from linearize.artifacts.load import TOKENIZER_FILES
+from linearize.artifacts.download import TOKENIZER_FILES
+from linearize.artifacts.licence import terms_files
 from linearize.artifacts.manifest import write_manifest
+from linearize.artifacts.tokenizer_files import carry
 from linearize.convert.card import model_card
 from linearize.convert.lora import extract
+from linearize.convert.task import CAUSAL, Task
+from linearize.modeling.family_table import TASKS, lookup
 
 SHARD = "5GB"
 GENERATION = "generation_config.json"
-TERMS = ("LICENSE*", "LICENCE*", "NOTICE*", "USE_POLICY*")
-"""The teacher's terms go where its weights go."""
 
 
 @torch.no_grad()
-def merge(student: Any, ids: Tensor, dtype: torch.dtype) -> dict[str, dict[str, float]]:
+def merge(student: Any, ids: Tensor, dtype: torch.dtype, task: Task = CAUSAL) -> dict[str, dict[str, float]]:
     """Merge adapters in fp32, then cast everything once to `dtype`; what each did to the logits of ids [B, T].
 
     Returns {"merge": .., "cast": ..}, both {"max", "mean"} of |logits - logits before| in fp32.
     """
-    before = _logits(student, ids)
+    before = _logits(student, ids, task)
     extract(student, merge=True)
-    merged = _logits(student, ids)
+    merged = _logits(student, ids, task)
     cast(student, dtype)
-    return {"merge": _distance(merged, before), "cast": _distance(_logits(student, ids), before)}
+    return {"merge": _distance(merged, before), "cast": _distance(_logits(student, ids, task), before)}
 
 
 def cast(student: Any, dtype: torch.dtype) -> None:
@@ -47,8 +49,8 @@ def cast(student: Any, dtype: torch.dtype) -> None:
     student.config.dtype = dtype
 
 
-def _logits(model: Any, ids: Tensor) -> Tensor:
-    return model(input_ids=ids, use_cache=False).logits.float()
+def _logits(model: Any, ids: Tensor, task: Task) -> Tensor:
+    return model(**task.call(ids)).logits.float()
 
 
 def _distance(ours: Tensor, theirs: Tensor) -> dict[str, float]:
@@ -57,21 +59,38 @@ def _distance(ours: Tensor, theirs: Tensor) -> dict[str, float]:
 
 
 def write_export(folder: Path, student: Any, *, teacher_folder: Path, facts: Mapping[str, Any]) -> None:
-    """Write the model into the empty `folder`, all but the manifest.
+    """Write the model into the empty `folder`, all but the manifest; `facts` go into the card."""
+    write_model(folder, student, teacher_folder=teacher_folder)
+    write_card(folder, student, facts)
 
-    Tokenizer, generation config and terms are the teacher's files, byte for byte; `facts` go into the card.
+
+def write_card(folder: Path, student: Any, facts: Mapping[str, Any]) -> None:
+    """Write the model card, from `facts` and the Auto class that loads `student`."""
+    auto_class = next(name for name in auto_map(student) if name.startswith("AutoModel"))
+    (folder / "README.md").write_text(model_card({**facts, "auto_class": auto_class}), encoding="utf-8")
+
+
+def write_model(folder: Path, student: Any, *, teacher_folder: Path) -> None:
+    """Write the model into the empty `folder`, all but the card and the manifest.
+
+    Tokenizer, generation config and terms are the teacher's files, byte for byte, but that the tokenizer's may name no
+    code and no other file.
     """
+    student.save_pretrained(folder, max_shard_size=SHARD)
+    write_beside(folder, student, teacher_folder=teacher_folder)
+
+
+def write_beside(folder: Path, student: Any, *, teacher_folder: Path) -> None:
+    """Write what `write_model` writes beside weights and config, which are there; the config is completed."""
     from linearize.modeling import export_files
 
-    student.save_pretrained(folder, max_shard_size=SHARD)
     config = json.loads((folder / "config.json").read_text())
     config["auto_map"] = auto_map(student)
     (folder / "config.json").write_text(json.dumps(config, indent=2, sort_keys=True) + "\n")
     for path in export_files():
         shutil.copyfile(path, folder / path.name)
     for path in carried_files(teacher_folder):
-        shutil.copyfile(path, folder / path.name)
-    (folder / "README.md").write_text(model_card(facts))
+        carry(path, folder / path.name)
 
 
 def finish_export(folder: Path, extra: Mapping[str, Any]) -> None:
@@ -81,10 +100,14 @@ def finish_export(folder: Path, extra: Mapping[str, Any]) -> None:
 
 def auto_map(student: Any) -> dict[str, str]:
     """Where transformers finds the classes beside the weights: file.Class, local files only."""
-    return {
+    family = lookup(student.config)
+    found = {
         "AutoConfig": f"configuration_linearized.{type(student.config).__name__}",
-        "AutoModelForCausalLM": f"modeling_linearized.{type(student).__name__}",
+        TASKS[family.task]: f"modeling_linearized.{type(student).__name__}",
     }
+    if family.bidirectional:  # an encoder is of use without its head, too
+        found["AutoModel"] = f"modeling_linearized.Linearized{family.name}Model"
+    return found
 
 
 def carried_files(teacher_folder: Path) -> list[Path]:
@@ -95,5 +118,4 @@ def carried_files(teacher_folder: Path) -> list[Path]:
 
 def terms_of(teacher_folder: Path) -> list[Path]:
     """The files beside a teacher's weights that hold its licence and terms of use."""
-    found = [path for pattern in TERMS for path in sorted(teacher_folder.glob(pattern))]
-    return [path for path in found if path.is_file()]
+    return [teacher_folder / name for name in terms_files(teacher_folder)]

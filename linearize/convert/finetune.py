@@ -18,32 +18,37 @@ import torch
 import torch.nn.functional as nnf
 from torch import Tensor, nn
 
-from linearize.convert.checkpoint import Checkpoint, Run, pack_state, save, unpack_state
+from linearize.convert.checkpoint import Checkpoint, Run, pack_state, save
 from linearize.convert.lora import inject
 from linearize.convert.optim import (
     autocast,
     clip,
     derived_seed,
     derived_uniform,
+    highest_rate,
     make_optimizer,
     rate_groups,
     set_learning_rate,
     trainable,
 )
 from linearize.convert.replay import Replay, gradient_buffers, worth_recording
-from linearize.convert.stages import RECENT, StageShape, StageState
+from linearize.convert.restore import restoring, state_of, unpack_state
+from linearize.convert.stages import RECENT, StageShape, StageState, note
 from linearize.convert.surgery import trained_names
+from linearize.convert.task import CAUSAL, Task
 from linearize.data import batches
 from linearize.errors import UsageError, VerificationError
+from linearize.masking import IGNORE
+from linearize.modeling.family_table import body, logits, lookup
 from linearize.progress import Progress
 from linearize.recipe import Finetune
 from linearize_kernels.backend import pick
 from linearize_kernels.distill import distill_loss
 
-IGNORE = -100
-"""Label of a position that no loss is taken at."""
 PIECE = 2048
 """Tokens whose logits are held at once."""
+DROPOUTS = ("attention_dropout", "dropout", "layerdrop", "jitter_noise")
+"""Rates that native modules keep as numbers."""
 DEAD_AFTER = 10
 DIVERGED = 4.0
 """Nats by which the running loss may exceed its lowest value."""
@@ -66,25 +71,35 @@ def token_losses(logits: Tensor, labels: Tensor, teacher_logits: Tensor | None) 
     return cross_entropy, torch.where(labels != IGNORE, per_token, 0.0).sum()
 
 
-def shifted_labels(ids: Tensor) -> Tensor:
-    """The next token of every position, -100 at the last: [B, T] -> [B, T]."""
-    return torch.cat((ids[:, 1:], ids.new_full((len(ids), 1), IGNORE)), dim=1)
-
-
 def backward_losses(
-    student: Any, teacher: Any | None, ids: Tensor, labels: Tensor, *, ce: float, kl: float, scale: float | Tensor
+    student: Any,
+    teacher: Any | None,
+    ids: Tensor,
+    labels: Tensor,
+    *,
+    ce: float,
+    kl: float,
+    scale: float | Tensor,
+    task: Task = CAUSAL,
 ) -> Tensor:
     """Add the gradients of scale * (ce * sum CE + kl * sum KL) over ids, labels [B, T]; both sums [2], fp32."""
     with autocast(ids.device):
-        hidden = student.model(input_ids=ids, use_cache=False).last_hidden_state
+        hidden = body(student)(**task.call(ids)).last_hidden_state.flatten(0, 1)
         target = None
         if teacher is not None and kl > 0:
             with torch.no_grad():
-                target = teacher.model(input_ids=ids, use_cache=False).last_hidden_state.flatten(0, 1)
-    leaf = hidden.detach().flatten(0, 1).requires_grad_()
+                target = body(teacher)(**task.call(ids)).last_hidden_state.flatten(0, 1)
     flat = labels.flatten()
-    heads = [student.lm_head] if target is None or teacher is None else [student.lm_head, teacher.lm_head]
-    if pick("auto", leaf, target) == "triton" and all(type(head) is nn.Linear and head.bias is None for head in heads):
+    if task.sparse:  # logits of labelled tokens alone
+        labelled = (flat != IGNORE).nonzero().squeeze(1)
+        hidden, flat = hidden[labelled], flat[labelled]
+        target = None if target is None else target[labelled]
+    leaf = hidden.detach().requires_grad_()
+    models = [student] if target is None or teacher is None else [student, teacher]
+    heads = [model.get_output_embeddings() for model in models]
+    plain = lookup(student.config).plain_head(student.config)
+    plain &= all(type(head) is nn.Linear and head.bias is None for head in heads)
+    if plain and pick("auto", leaf, target) == "triton":
         theirs = {} if target is None else {"teacher_hidden": target, "teacher_weight": heads[-1].weight}
         with autocast(ids.device):
             loss, both = distill_loss(leaf, heads[0].weight, flat, **theirs, ce=ce, kl=kl, piece=PIECE)
@@ -92,7 +107,7 @@ def backward_losses(
     else:
         both = _backward_by_pieces(student, teacher, leaf, target, flat, ce=ce, kl=kl, scale=scale)
     assert leaf.grad is not None
-    hidden.backward(leaf.grad.view_as(hidden))
+    hidden.backward(leaf.grad)
     return both
 
 
@@ -112,10 +127,10 @@ def _backward_by_pieces(
     for begin in range(0, len(flat), PIECE):
         part = slice(begin, begin + PIECE)
         with autocast(leaf.device):
-            logits = student.lm_head(leaf[part])
+            ours = logits(student, leaf[part])
             with torch.no_grad():
-                theirs = None if target is None or teacher is None else teacher.lm_head(target[part])
-        ce_sum, kl_sum = token_losses(logits, flat[part], theirs)
+                theirs = None if target is None or teacher is None else logits(teacher, target[part])
+        ce_sum, kl_sum = token_losses(ours, flat[part], theirs)
         ((ce * ce_sum + kl * kl_sum) * scale).backward()
         sums[0] += ce_sum.detach()
         sums[1] += kl_sum.detach()
@@ -128,9 +143,8 @@ def mean_loss(model: Any, ids: Tensor) -> float:
     total = 0.0
     for row in ids.split(1):
         with autocast(ids.device):
-            hidden = model.model(input_ids=row, use_cache=False).last_hidden_state[0]
-            logits = model.lm_head(hidden)
-        total += float(nnf.cross_entropy(logits[:-1].float(), row[0, 1:]))
+            found = logits(model, body(model)(input_ids=row, use_cache=False).last_hidden_state[0])
+        total += float(nnf.cross_entropy(found[:-1].float(), row[0, 1:]))
     return total / len(ids)
 
 
@@ -155,9 +169,9 @@ def prepare(student: Any, finetune: Finetune, *, seed: int) -> Trained:
     Raises:
         UsageError: nothing to train, a name the model does not have, or a module that is named for both.
     """
-    full_names = trained_names(student, finetune.full)
-    for wanted in finetune.full:
-        if wanted != "mixer" and not trained_names(student, [wanted]):
+    full_names = trained_names(student, finetune.full, key="finetune.full")
+    for wanted, path in ((name, lookup(student.config).projections.get(name, name)) for name in finetune.full):
+        if wanted != "mixer" and not trained_names(student, [path]):
             raise UsageError(f"finetune.full: the model has no module {wanted!r}")
     if finetune.lora is not None and (both := sorted(set(finetune.full) & set(finetune.lora.targets))):
         raise UsageError(f"finetune.full: {both[0]} has a LoRA adapter too", "Name it in one of the two")
@@ -171,11 +185,23 @@ def prepare(student: Any, finetune: Finetune, *, seed: int) -> Trained:
 
 @contextmanager
 def training_mode(student: Any, *, checkpointing: bool) -> Iterator[None]:
-    """Training mode for dropout of adapters and recomputation; the teacher's own attention dropout stays off."""
-    dropouts = {m: m.attention_dropout for m in student.modules() if hasattr(m, "attention_dropout")}
+    """Training mode for dropout of adapters and recomputation; the teacher's own dropout stays off."""
+    dropouts = {
+        (module, key): rate
+        for module in student.modules()
+        for key in DROPOUTS
+        if isinstance(rate := getattr(module, key, None), (int, float))
+    }
+    layers = {
+        module: module.p
+        for name, module in student.named_modules()
+        if isinstance(module, nn.Dropout) and "lora_dropout" not in name
+    }
     student.train()
-    for module in dropouts:
-        module.attention_dropout = 0.0
+    for module, key in dropouts:
+        setattr(module, key, 0.0)
+    for module in layers:  # its rate, not its mode: attention modules hand the rate on
+        module.p = 0.0
     if checkpointing:
         student.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
     try:
@@ -183,8 +209,10 @@ def training_mode(student: Any, *, checkpointing: bool) -> Iterator[None]:
     finally:
         if checkpointing:
             student.gradient_checkpointing_disable()
-        for module, value in dropouts.items():
-            module.attention_dropout = value
+        for (module, key), rate in dropouts.items():
+            setattr(module, key, rate)
+        for module, rate in layers.items():
+            module.p = rate
         student.eval()
 
 
@@ -224,6 +252,7 @@ def finetune_model(
     run: Run,
     start: Checkpoint | None,
     progress: Progress,
+    task: Task = CAUSAL,
 ) -> StageState:
     """Train `trained` on `windows` [N, T], `micro` windows at a time.
 
@@ -242,25 +271,27 @@ def finetune_model(
     stored = keep | parameters
     state = StageState(extra=dict(carried))
     if start is not None:
-        unpack_state(start.tensors(), stored, optimizer)
-        state = StageState(**start.state)
+        with restoring(start):
+            unpack_state(start.tensors(), stored, optimizer)
+            state = StageState(**state_of(start))
     device = next(student.parameters()).device
     begin, first, spent = time.monotonic(), state.step, state.seconds
 
     def micro_batch(ids: Tensor, labels: Tensor, scale: Tensor, which: str) -> Tensor:
         with branches(student, which):
-            return backward_losses(student, teacher, ids, labels, ce=finetune.ce, kl=finetune.kl, scale=scale)
+            return backward_losses(
+                student, teacher, ids, labels, ce=finetune.ce, kl=finetune.kl, scale=scale, task=task
+            )
 
     # Recomputation and dropout depend on random states that a recording would not move on as its steps do.
-    plain = not checkpointing and (finetune.lora is None or finetune.lora.dropout == 0)
+    plain = not checkpointing and not task.varied and (finetune.lora is None or finetune.lora.dropout == 0)
     replay = Replay(micro_batch, device, enabled=plain and worth_recording(student, device))
     mode, buffers = training_mode(student, checkpointing=checkpointing), gradient_buffers(parameters.values())
     with trainable(parameters.values()), mode, buffers, run.listening():
         for step in range(first, shape.steps):
             set_learning_rate(optimizer, step, steps=shape.steps, warmup=finetune.warmup, min_lr=finetune.min_lr)
-            rows = torch.from_numpy(batches(windows, batch_size=shape.batch, seed=seed, step=shape.offset + step))
-            ids = rows.to(device).long()
-            labels = shifted_labels(ids)
+            rows = batches(windows, batch_size=shape.batch, seed=seed, step=shape.offset + step)
+            ids, labels = (x.to(device) for x in task.examples(rows, seed, "mask", shape.name, step))
             tokens = (labels != IGNORE).sum()
             sums = []
             hidden = window_hidden(finetune, seed=seed, step=step)
@@ -277,6 +308,10 @@ def finetune_model(
             if state.step in (DEAD_AFTER, shape.steps):
                 _check_moved(parameters, before, state.step)
             extra = {"ce": ce_mean} | ({"kl": kl_mean} if finetune.kl > 0 else {})
+            loss = finetune.ce * ce_mean + finetune.kl * kl_mean
+            shown = not hidden or finetune.window_dropout == 1  # a step without windows has another loss
+            note(state, shape.name, {"lr": highest_rate(optimizer), "loss": loss if shown else None,
+                                     **{name: value if shown else None for name, value in extra.items()}})  # fmt: skip
             tokens_done = state.step * shape.batch * shape.context
             progress.step(shape.name, state.step, state.loss_last or 0.0, tokens_done, extra)
             if run.due() or state.step == shape.steps:

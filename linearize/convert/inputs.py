@@ -12,14 +12,17 @@ import numpy as np
 import torch
 
 from linearize.artifacts.atomic import require_free_space
+from linearize.artifacts.download import display_name
 from linearize.artifacts.load import check_checkpoint, load_tokenizer, resolve, select_dtype
 from linearize.artifacts.weights import digest_checkpoint, read_tensors
 from linearize.convert import plan
 from linearize.convert.families import require_family
 from linearize.convert.stages import StageShape
+from linearize.convert.stream import Way, choose_way
 from linearize.convert.surgery import account
-from linearize.data import Source, document_marks, load_source, pack, tokenize_documents
-from linearize.errors import UsageError
+from linearize.convert.task import Apart, Task, task_of
+from linearize.data import Source, documents_apart, load_source
+from linearize.errors import RefusedError, UsageError
 from linearize.recipe import Recipe
 
 BYTES_PER_TOKEN = 8
@@ -40,15 +43,30 @@ class Inputs:
     sizes: dict[str, int]
     shapes: tuple[StageShape, StageShape]
     tokenizer: Any
+    task: Task
     windows: np.ndarray
     """[N, context] int32."""
     source: Source
     dtype: torch.dtype
     """Of the export."""
+    teacher_dtype: torch.dtype
+    """Of the teacher's files."""
+    way: Way
+    """Whether a layer at a time, and what it takes."""
 
 
-def gather(model: str | os.PathLike[str], out: Path, recipe: Recipe, data: str, device: torch.device) -> Inputs:
+def gather(
+    model: str | os.PathLike[str],
+    out: Path,
+    recipe: Recipe,
+    data: str,
+    device: torch.device,
+    *,
+    stream: bool | None = None,
+) -> Inputs:
     """Check model, recipe, data and disk, cheapest first; load nothing but text and tokenizer.
+
+    `stream`: a layer at a time; None: if the ordinary way does not fit into memory.
 
     Raises:
         UsageError, RefusedError: see `convert`.
@@ -62,18 +80,31 @@ def gather(model: str | os.PathLike[str], out: Path, recipe: Recipe, data: str, 
     sizes = layout.sizes()
     shapes = plan.stage_shapes(recipe, alignable=sizes["align"] > 0)
     dtype = select_dtype(stored if recipe.dtype == "auto" else recipe.dtype)
-    require_free_space(out, plan.disk_bytes(sizes, dtype.itemsize))
+    way = choose_way(config, recipe, layout, shapes=shapes, stored=stored, device=device, asked=stream)
+    require_free_space(out, way.disk_bytes)
     tokenizer = load_tokenizer(folder)
+    apart = documents_apart(data)
+    task = task_of(config, tokenizer, apart=apart)
+    if apart:
+        _require_apart(recipe, streamed=way.streamed)
     wanted = max(sum(shape.tokens for shape in shapes), 4 * recipe.context)
-    texts, source = load_source(data, split="train" if data == "demo" else None, limit_bytes=BYTES_PER_TOKEN * wanted)
-    windows = pack(tokenize_documents(texts, tokenizer), recipe.context, **document_marks(tokenizer))
+    part = "train" if data == "demo" else None
+    texts, source = load_source(data, split=part, limit_bytes=BYTES_PER_TOKEN * wanted, packed=True)
+    windows = task.windows(texts, tokenizer, recipe.context)
+    layout.notes = [*layout.notes, *task.notes(windows)]
+    if (recipe.calibrate.tokens or recipe.automatic) and not len(task.whole(windows)):
+        raise RefusedError(
+            f"documents=apart: no window of {recipe.context} tokens lies within one document, for calibration or the "
+            "choice of layers to read",
+            "Give calibrate.tokens=0 and name the layers of keep_softmax, or a smaller context",
+        )
     top = int(windows.max())
     if top >= config.vocab_size:
         raise UsageError(f"the tokenizer gives token {top}, beyond the vocabulary of {config.vocab_size}")
     check_checkpoint(folder, finite=True)
     return Inputs(
         folder=folder,
-        name=Path(os.path.abspath(model)).name if Path(model).expanduser().is_dir() else str(model),
+        name=display_name(model, folder),
         out=out,
         recipe=recipe,
         device=device,
@@ -81,9 +112,12 @@ def gather(model: str | os.PathLike[str], out: Path, recipe: Recipe, data: str, 
         sizes=sizes,
         shapes=shapes,
         tokenizer=tokenizer,
+        task=task,
         windows=windows,
         source=source,
         dtype=dtype,
+        teacher_dtype=select_dtype(stored),
+        way=way,
     )
 
 
@@ -93,4 +127,20 @@ def identity_of(inputs: Inputs) -> dict[str, str]:
         "recipe": inputs.recipe.digest(),
         "teacher": digest_checkpoint(inputs.folder),
         "data": hashlib.sha256(inputs.windows.tobytes()).hexdigest(),
+        "streamed": "yes" if inputs.way.streamed else "no",
+        "documents": "apart" if isinstance(inputs.task, Apart) else "joined",
     }
+
+
+def _require_apart(recipe: Recipe, *, streamed: bool) -> None:
+    """That a conversion can keep the documents of a window apart.
+
+    Raises:
+        UsageError: it cannot.
+    """
+    if streamed:
+        raise UsageError("documents=apart: a conversion that streams its layers cannot keep them apart", "Leave it out")
+    if recipe.align.tokens and recipe.align.objective == "weights":
+        raise UsageError(
+            "documents=apart: align.objective=weights is taken of whole windows", "Give align.objective=output"
+        )

@@ -10,12 +10,16 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from transformers.pytorch_utils import Conv1D
 
+from linearize.convert.families import module_paths
 from linearize.convert.optim import derived_seed
 from linearize.errors import UsageError, did_you_mean
+from linearize.modeling.family_table import lookup
 from linearize.recipe import Lora
 
 ADAPTER = "default"
+MLP = ("gate_proj", "up_proj", "down_proj")
 
 
 def target_modules(student: Any, targets: Collection[str]) -> list[str]:
@@ -24,15 +28,33 @@ def target_modules(student: Any, targets: Collection[str]) -> list[str]:
     Raises:
         UsageError: a target that the model does not have.
     """
-    linear = {n: n.rpartition(".")[2] for n, module in student.named_modules() if isinstance(module, nn.Linear)}
+    linear = [name for name, module in student.named_modules() if isinstance(module, (nn.Linear, Conv1D))]
+    family = lookup(student.config)
     for target in targets:
-        if target not in linear.values():
-            known = sorted(set(linear.values()))
+        path = family.projections.get(target, target)
+        if not any(ends_in(name, path) for name in linear):
+            known = sorted({name.rpartition(".")[2] for name in linear})
+            there = [t for t in targets if any(ends_in(name, family.projections.get(t, t)) for name in linear)]
+            near = did_you_mean(target, known) if target not in MLP else ""
+            because = f"; {family.note}" if family.note else ""
+            instead = f"targets=[{','.join(there)}]" if there else "targets=[...] of these, or finetune.lora=null"
+            write = f"; write finetune.lora.{instead}" if family.note else ""
             raise UsageError(
-                f"finetune.lora.targets: the model has no module {target!r}.{did_you_mean(target, known)}",
-                f"It has {', '.join(known)}",
+                f"finetune.lora.targets: the model has no module {target!r}{because}.{near}",
+                f"It has {', '.join(known)}{write}",
             )
-    return [name for name, leaf in linear.items() if leaf in targets]
+    paths = module_paths(family, targets, key="finetune.lora.targets")
+    return [name for name in linear if any(ends_in(name, path) for path in paths)]
+
+
+def ends_in(name: str, path: str) -> bool:
+    """Whether a dotted name ends in these parts."""
+    return f".{name}".endswith(f".{path}")
+
+
+def width_of(module: Any) -> int:
+    """Inputs and outputs of a linear module, summed: the parameters of its adapter are as many times the rank."""
+    return sum(module.weight.shape)
 
 
 def inject(student: Any, lora: Lora, *, seed: int) -> dict[str, nn.Parameter]:
@@ -40,7 +62,15 @@ def inject(student: Any, lora: Lora, *, seed: int) -> dict[str, nn.Parameter]:
     from peft import LoraConfig, inject_adapter_in_model
 
     names = target_modules(student, lora.targets)
-    config = LoraConfig(r=lora.r, lora_alpha=lora.alpha, lora_dropout=lora.dropout, target_modules=names, bias="none")
+    turned = any(isinstance(student.get_submodule(name), Conv1D) for name in names)
+    config = LoraConfig(
+        r=lora.r,
+        lora_alpha=lora.alpha,
+        lora_dropout=lora.dropout,
+        target_modules=names,
+        fan_in_fan_out=turned,
+        bias="none",
+    )
     inject_adapter_in_model(config, student, adapter_name=ADAPTER)
     adapters = {name: p for name, p in student.named_parameters() if ".lora_" in name}
     with torch.no_grad():
@@ -58,7 +88,8 @@ def inject(student: Any, lora: Lora, *, seed: int) -> dict[str, nn.Parameter]:
 def merged_weight(module: Any) -> Tensor:
     """W + (alpha / r) B A of one adapted linear module, in fp32; a new tensor."""
     down, up = module.lora_A[ADAPTER].weight.float(), module.lora_B[ADAPTER].weight.float()
-    return module.base_layer.weight.detach().float() + module.scaling[ADAPTER] * (up @ down).detach()
+    update = module.scaling[ADAPTER] * (up @ down).detach()
+    return module.base_layer.weight.detach().float() + (update.T if isinstance(module.base_layer, Conv1D) else update)
 
 
 def extract(student: Any, *, merge: bool) -> None:

@@ -56,7 +56,7 @@ def mixer_call(attention: torch.nn.Module, layer: TeacherLayer) -> MixerCall:
     handle = mixer.register_forward_pre_hook(take, with_kwargs=True)
     before, mixer.branches = mixer.branches, "none"
     try:
-        attention(layer.hidden_states, **(layer.kwargs | {"attention_mask": None, "past_key_values": None}))
+        attention(layer.hidden_states, **layer.kwargs)
     finally:
         handle.remove()
         mixer.branches = before

@@ -110,7 +110,10 @@ def make_optimizer(
         return adamw([(members.values(), lr) for members, lr in groups], weight_decay=weight_decay)
     matrices, rest = [], []
     for members, lr in groups:
-        wide = [p for name, p in members.items() if p.ndim == 2 and name.split(".")[-2].endswith("_proj")]
+        # Whatever the family calls its projections: what is neither the mixer's own nor an adapter's.
+        wide = [
+            p for name, p in members.items() if p.ndim == 2 and not {"mixer", "lora_A", "lora_B"} & {*name.split(".")}
+        ]
         if wide:
             matrices.append({"params": wide, "lr": lr, "peak": lr, "weight_decay": weight_decay})
         chosen = {id(p) for p in wide}
@@ -128,6 +131,11 @@ def set_learning_rate(optimizer: AnyOptimizer, step: int, *, steps: int, warmup:
     """Give every group its rate for step `step` (from 0) of `steps`."""
     for group in optimizer.param_groups:
         group["lr"] = learning_rate(step, steps=steps, lr=group["peak"], warmup=warmup, min_lr=min_lr)
+
+
+def highest_rate(optimizer: AnyOptimizer) -> float:
+    """The learning rate of the group that has the highest one now."""
+    return max(float(group["lr"]) for group in optimizer.param_groups if group["params"])
 
 
 def clip(parameters: Iterable[nn.Parameter], limit: float) -> Tensor:

@@ -21,23 +21,27 @@ import torch
 from linearize.artifacts.atomic import atomic_directory, require_empty
 from linearize.artifacts.load import load_model, no_bars, select_device
 from linearize.convert import checkpoint, export
-from linearize.convert.align import align_layers, aligned_names
+from linearize.convert.align import align_layers, aligned_names, match
 from linearize.convert.calibrate import calibrate
 from linearize.convert.checkpoint import Checkpoint, Run, open_run
-from linearize.convert.early import require_out
+from linearize.convert.early import require_out, run_folder
 from linearize.convert.finetune import Trained, finetune_model, kept_names, mean_loss, prepare
+from linearize.convert.history import write_history
 from linearize.convert.inputs import Inputs, gather, identity_of
 from linearize.convert.optim import deterministic, fast_products
 from linearize.convert.plan import Layout
 from linearize.convert.preflight import preflight
 from linearize.convert.report import card_facts, make_report, provenance
+from linearize.convert.restore import restoring, settled
 from linearize.convert.select import choose_layers
 from linearize.convert.stages import StageState, shown, timed
+from linearize.convert.stream_convert import convert_streamed
 from linearize.convert.surgery import SurgeryReport, linearize_model, trained_names
 from linearize.convert.verify import expect, verify_export
 from linearize.errors import VerificationError
 from linearize.progress import NullProgress, Progress
 from linearize.recipe import Recipe, load_recipe
+from linearize.tracking import NONE, require_tracker, tracked
 
 CALIBRATION_CHECK = 4
 """Windows on which the perplexity before training is taken, with and without calibration."""
@@ -54,8 +58,12 @@ def convert(
     overrides: Sequence[str] | Mapping[str, Any] = (),
     resume: bool = False,
     progress: Progress | None = None,
+    report_to: str = NONE,
+    stream: bool | None = None,
 ) -> dict[str, Any]:
-    """Convert `model` into a linear-time model in the folder `out`.
+    """Convert `model` into a linear-time model in the folder `out`; `report_to`: see `linearize.tracking`.
+
+    `stream`: a layer at a time (`stream.py`); None: where the ordinary way does not fit into memory, or as it began.
 
     Returns the report: seconds, tokens and losses of each stage, match of each layer, merge error, verification, sizes.
 
@@ -64,19 +72,29 @@ def convert(
             export is not what was trained. KeyboardInterrupt: interrupted; what was trained is saved for `resume`.
     """
     chosen = recipe if isinstance(recipe, Recipe) and not overrides else load_recipe(recipe, overrides)
+    require_tracker(report_to)
     watch = progress or NullProgress()
     target = Path(os.path.abspath(out))
     begin = time.monotonic()
     require_out(target, resume=resume)
     device = select_device(chosen.device)
-    inputs = gather(model, target, chosen, data, device)
+    if stream is None and resume:
+        stream = {"yes": True, "no": False}.get(checkpoint.noted(run_folder(target)).get("streamed", ""))
+    inputs = gather(model, target, chosen, data, device, stream=stream)
+    if inputs.way.said:
+        watch.message(inputs.way.said)
     identity = identity_of(inputs)
     with open_run(target) as run, deterministic(), no_bars(), torch.random.fork_rng(devices=_devices(device)):
         require_empty(target)
         start = checkpoint.find_start(run, identity, resume=resume)
         if start is not None:
-            watch.message(f"going on from step {start.step} of {start.stage}")
-        report = _convert(inputs, run, start, identity, watch)
+            where = f"layer {start.step}" if inputs.way.streamed else f"step {start.step}"
+            watch.message(f"going on from {where} of {start.stage}")
+        before = {"finetune": inputs.shapes[0].steps}
+        config = {"teacher": inputs.name, "recipe": inputs.recipe.as_dict()}
+        with tracked(report_to, target, config=config, before=before, tell=watch.message):
+            run_it = convert_streamed if inputs.way.streamed else _convert
+            report = run_it(inputs, run, start, identity, watch)
     report["seconds"]["total"] = time.monotonic() - begin
     return report
 
@@ -89,17 +107,17 @@ def _convert(
     with timed(seconds, "load"):
         teacher = load_model(inputs.folder, device=inputs.device, dtype=torch.float32, finite=False)  # it was checked
         teacher.requires_grad_(False)
-    noted = checkpoint.record(run) if start is not None else {}
+    stages = [shape.name for shape in inputs.shapes if shape.steps]
+    micro, kept = settled(run, stages) if start is not None else (None, None)
     if inputs.recipe.automatic:
         with timed(seconds, "select"):
-            inputs = _choose(inputs, teacher, noted.get("kept"), watch)
+            inputs = _choose(inputs, teacher, kept, watch)
     with timed(seconds, "surgery"):
         student, surgery = _operate(inputs, teacher)
     for shape in inputs.shapes:
         if shape.skipped:
             watch.message(f"{shape.name} is skipped: {shape.skipped}")
     with timed(seconds, "preflight"):
-        micro = noted.get("micro")
         if micro is None:
             micro = preflight(inputs, student, teacher)
         checkpoint.write_record(run, identity | {"micro": micro, "kept": inputs.layout.kept})
@@ -114,19 +132,21 @@ def _convert(
     del teacher
     _free(inputs.device)
     seconds |= {"align": aligned.seconds, "finetune": finetuned.seconds}
-    ids = torch.from_numpy(inputs.windows[:2, :PROBE]).to(inputs.device).long()
+    task = inputs.task
+    ids = task.examples(inputs.windows[:2, :PROBE], inputs.recipe.seed, "probe")[0].to(inputs.device)
     with timed(seconds, "merge"):
-        errors = export.merge(student, ids, inputs.dtype)
+        errors = export.merge(student, ids, inputs.dtype, task)
     report = make_report(inputs, student, surgery, trained, aligned, finetuned, calibration, errors, seconds)
     with atomic_directory(inputs.out) as folder:
         with timed(seconds, "export"):
             export.write_export(folder, student, teacher_folder=inputs.folder, facts=card_facts(inputs, report))
         with timed(seconds, "verify"):
             watch.message("loading the export in fresh processes")
-            expected = expect(student, inputs.tokenizer, ids)
+            expected = expect(student, inputs.tokenizer, ids, task)
             student.to("cpu")
             _free(inputs.device)  # the fresh processes need the memory
             report["verification"] = verify_export(folder, expected, device=inputs.device, room=run.room)
+        write_history(folder, {"align": aligned.history, "finetune": finetuned.history})
         export.finish_export(folder, provenance(inputs, identity, report))
     return report
 
@@ -147,7 +167,8 @@ def _choose(inputs: Inputs, teacher: Any, kept: list[int] | None, watch: Progres
     recipe = inputs.recipe
     if kept is None:
         keep = recipe.automatic_keep(inputs.layout.config.num_hidden_layers)
-        kept = list(choose_layers(teacher, inputs.windows, recipe, keep=keep, progress=watch))
+        windows = inputs.task.whole(inputs.windows)
+        kept = list(choose_layers(teacher, windows, recipe, keep=keep, progress=watch))
     watch.message(f"keeping softmax in layers {', '.join(map(str, kept))}")
     recipe = replace(recipe, keep_softmax=tuple(kept))
     layout = Layout.of(teacher.config, recipe)
@@ -159,9 +180,10 @@ def _calibrate(inputs: Inputs, student: Any, teacher: Any, watch: Progress) -> d
     tokens = inputs.recipe.calibrate.tokens
     if not tokens or not inputs.layout.linear:
         return None
-    ids = torch.from_numpy(inputs.windows[-CALIBRATION_CHECK:]).to(inputs.device).long()
+    windows = inputs.task.whole(inputs.windows)
+    ids = torch.from_numpy(windows[-CALIBRATION_CHECK:]).to(inputs.device).long()
     before = mean_loss(student, ids)
-    rows = calibrate(student, teacher, windows=inputs.windows, tokens=tokens, seed=inputs.recipe.seed, progress=watch)
+    rows = calibrate(student, teacher, windows=windows, tokens=tokens, seed=inputs.recipe.seed, progress=watch)
     losses = {"ppl_teacher": mean_loss(teacher, ids), "ppl_before": before, "ppl_after": mean_loss(student, ids)}
     found = {name: math.exp(min(loss, 700.0)) for name, loss in losses.items()}
     watch.message(
@@ -185,7 +207,8 @@ def _train(
     align, finetune = inputs.shapes
     aligned, finetuned = StageState(), StageState()
     in_finetune = start is not None and start.stage == "finetune"
-    common: dict[str, Any] = {"seed": recipe.seed, "windows": inputs.windows, "run": run, "progress": watch}
+    common: dict[str, Any] = {"seed": recipe.seed, "windows": inputs.windows, "run": run, "progress": watch,
+                              "task": inputs.task}  # fmt: skip
     if align.steps and not in_finetune:
         with shown(watch, align):
             aligned = align_layers(
@@ -195,7 +218,9 @@ def _train(
     if not finetune.steps:
         return aligned, finetuned, Trained(full={}, adapters={})
     if in_finetune and start is not None:
-        aligned = StageState(**start.state["extra"]["align"])
+        with restoring(start):
+            aligned = StageState(**start.state["extra"]["align"])
+            match(aligned)
     names = aligned_names(student, recipe.align, inputs.layout.linear) if align.steps else []
     trained = prepare(student, recipe.finetune, seed=recipe.seed)
     keep = {n: p for n, p in kept_names(names, student).items() if n not in trained.parameters}

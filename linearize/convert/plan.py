@@ -8,12 +8,14 @@ from pathlib import Path
 from typing import Any
 
 from linearize.convert.checkpoint import KEEP
-from linearize.convert.families import check_fit, family_of, head_dim, require_family
+from linearize.convert.families import check_fit, check_stages, family_of, head_dim, inner_size, require_family
 from linearize.convert.finetune import PIECE
-from linearize.convert.lora import target_modules
+from linearize.convert.lora import target_modules, width_of
 from linearize.convert.stages import StageShape, stage_shape
 from linearize.convert.surgery import LINEAR, account, empty_student, mixer_plan, student_config, trained_names
 from linearize.errors import UsageError
+from linearize.modeling.encoder_spec import usable_positions
+from linearize.modeling.family_table import PREFIX, auto_class, lookup
 from linearize.recipe import Recipe
 
 CONTEXTS = (2_048, 32_768, 131_072)
@@ -41,13 +43,19 @@ def stage_shapes(recipe: Recipe, *, alignable: bool) -> tuple[StageShape, StageS
 
 
 def make_plan(
-    model: str | os.PathLike[str], *, recipe: Recipe, data: str | None = None, out: str | os.PathLike[str] | None = None
+    model: str | os.PathLike[str],
+    *,
+    recipe: Recipe,
+    data: str | None = None,
+    out: str | os.PathLike[str] | None = None,
+    stream: bool | None = None,
 ) -> dict[str, Any]:
     """Layers, parameters, tokens, memory and disk of a conversion; nothing is started or written.
 
     Returns plain values: family, layers [{index, from, to, heads, kv_heads, head_dim, feature_dim, state_bytes,
     new_parameters}], parameters, new_parameters, trained {align, finetune}, tokens and steps of both stages, notes,
-    memory_bytes (of training, an estimate for one window at a time), disk_bytes.
+    memory_bytes (of training, an estimate for one window at a time), disk_bytes, streamed (whether a layer at a time:
+    as `stream` says; None: where it must be) and hidden_bytes (of the disk, what hidden states take in streaming).
 
     Raises:
         UsageError: no such model, an unsupported family, or a recipe that does not fit. RefusedError: OUT is not empty,
@@ -56,6 +64,7 @@ def make_plan(
     from linearize.artifacts.atomic import require_empty
     from linearize.artifacts.load import check_checkpoint, resolve
     from linearize.artifacts.weights import read_tensors
+    from linearize.convert.stream import planned_way
     from linearize.data import load_source
     from linearize.modeling.configuration_linearized import kv_bytes
 
@@ -66,13 +75,14 @@ def make_plan(
     if out is not None:
         require_empty(out)
     if data is not None:
-        load_source(data, limit_bytes=1)  # that it can be read, and no more
+        load_source(data, limit_bytes=1, packed=True)  # that it can be read, and no more
     layout = Layout.of(config, recipe)
     dropped = account(read_tensors(folder), native_keys(config), config)
     export = dtype if recipe.dtype == "auto" else recipe.dtype
     sizes = layout.sizes()
     align, finetune = stage_shapes(recipe, alignable=sizes["align"] > 0)
     trained = {shape.name: sizes[shape.name] if shape.steps else 0 for shape in (align, finetune)}
+    way, remarks = planned_way(config, recipe, layout, shapes=(align, finetune), stored=dtype, asked=stream)
     rows = layout.rows(DTYPE_BYTES[export])
     state = sum(row["state_bytes"] for row in rows)
     return {
@@ -87,13 +97,15 @@ def make_plan(
         "tokens": {"align": align.tokens, "finetune": finetune.tokens},
         "steps": {"align": align.steps, "finetune": finetune.steps},
         "skipped": {s.name: s.skipped for s in (align, finetune) if s.skipped},
-        "notes": layout.notes,
+        "notes": layout.notes + remarks,
         "dropped": dropped,
         "export_dtype": export,
         "state_bytes": state,
         "kv_bytes_at_context": kv_bytes(config, recipe.context, dtype_bytes=DTYPE_BYTES[export]),
-        "memory_bytes": training_bytes(config, recipe, sizes),
-        "disk_bytes": disk_bytes(sizes, DTYPE_BYTES[export]),
+        "memory_bytes": way.memory_bytes,
+        "disk_bytes": way.disk_bytes,
+        "streamed": way.streamed,
+        "hidden_bytes": way.hidden_bytes,
         "data": data,
         "out": None if out is None else str(out),
     }
@@ -108,13 +120,13 @@ def inspect(model: str | os.PathLike[str], recipe: Recipe | None = None) -> dict
     """
     from linearize.artifacts.load import check_checkpoint, resolve
     from linearize.artifacts.weights import read_tensors
-    from linearize.modeling.configuration_linearized import kv_bytes, state_bytes
+    from linearize.modeling.configuration_linearized import head_sizes, kv_bytes, state_bytes
 
     folder = resolve(model)
     require_family(folder, converted=True)
     check_checkpoint(folder, finite=False)
     config, dtype = teacher_config(folder)
-    converted = str(config.model_type).startswith("linearized_")
+    converted = str(config.model_type).startswith(PREFIX)
     if converted and recipe is not None:
         raise UsageError(f"{model} is already linearized", "Inspect it without --recipe")
     if not converted:
@@ -125,11 +137,13 @@ def inspect(model: str | os.PathLike[str], recipe: Recipe | None = None) -> dict
         "parameters": sum(info.elements for _, info in read_tensors(folder).values()),
         "dtype": dtype,
         "heads": config.num_attention_heads,
-        "kv_heads": config.num_key_value_heads,
+        "kv_heads": head_sizes(config)[1],
         "head_dim": head_dim(config),
-        "context": config.max_position_embeddings,
+        "context": usable_positions(config),
     }
     width = DTYPE_BYTES[dtype]
+    if lookup(config).bidirectional:
+        found["notes"] = [lookup(config).note]
     found["kv_bytes"] = {str(n): kv_bytes(config, n, dtype_bytes=width) for n in CONTEXTS}
     if recipe is None and not converted:
         return found | {"layers": config.num_hidden_layers}
@@ -149,15 +163,12 @@ def inspect(model: str | os.PathLike[str], recipe: Recipe | None = None) -> dict
 
 
 def break_even(config: Any, *, dtype_bytes: int) -> int | None:
-    """Tokens from which the state is smaller than the key/value cache it replaces; None: no linear layer."""
+    """Tokens from which the state is smaller than the key/value cache it replaces; None: it replaces none."""
     from linearize.modeling.configuration_linearized import kv_bytes, state_bytes
 
     linear = len(config.linear_layers)
-    if not linear:
-        return None
-    return math.ceil(
-        state_bytes(config, dtype_bytes=dtype_bytes) / kv_bytes(config, 1, dtype_bytes=dtype_bytes, layers=linear)
-    )
+    replaced = kv_bytes(config, 1, dtype_bytes=dtype_bytes, layers=linear)
+    return math.ceil(state_bytes(config, dtype_bytes=dtype_bytes) / replaced) if replaced else None
 
 
 class Layout:
@@ -179,6 +190,7 @@ class Layout:
         linear = [i for i in range(config.num_hidden_layers) if i not in kept]
         context = recipe.context if training else None
         notes = check_fit(config, spec=recipe.mixer, linear_layers=linear, context=context)
+        check_stages(lookup(config), recipe)
         if recipe.automatic:
             notes = [*notes, f"keep_softmax {recipe.keep_softmax}: the conversion measures which layers stay softmax; "
                              "the ones shown stand in for them"]  # fmt: skip
@@ -190,10 +202,10 @@ class Layout:
 
         heads, kv_heads, width = head_sizes(self.config)
         state = layer_state_bytes(self.config, self.recipe.mixer, dtype_bytes=dtype_bytes)
-        rows = []
+        rows, family = [], lookup(self.config)
         for index, kind in enumerate(self.mixers):
             linear = kind == LINEAR
-            mixer = self.student.model.layers[index].self_attn.mixer if linear else None
+            mixer = family.attention_of(self.student, index).mixer if linear else None
             rows.append(
                 {
                     "index": index,
@@ -217,12 +229,12 @@ class Layout:
         named = {name: p.numel() for name, p in self.student.named_parameters()}
         new = sum(size for name, size in named.items() if ".mixer." in name)
         aligned = aligned_names(self.student, recipe.align, self.linear)
-        full = trained_names(self.student, recipe.finetune.full)
+        full = trained_names(self.student, recipe.finetune.full, key="finetune.full")
         lora = 0
         if recipe.finetune.lora is not None:
             for name in target_modules(self.student, recipe.finetune.lora.targets):
                 module = self.student.get_submodule(name)
-                lora += recipe.finetune.lora.r * (module.in_features + module.out_features)
+                lora += recipe.finetune.lora.r * width_of(module)
         return {
             "teacher": sum(named.values()) - new,
             "new": new,
@@ -241,12 +253,13 @@ def teacher_config(folder: Path) -> tuple[Any, str]:
 
 
 def native_keys(config: Any) -> list[str]:
-    """Names of the tensors that a teacher's model wants."""
+    """Names of the tensors that a teacher's files must hold; transformers joins some of them when it loads them."""
     import torch
-    from transformers import AutoModelForCausalLM
+    from transformers.core_model_loading import revert_weight_conversion
 
     with torch.device("meta"):
-        return list(AutoModelForCausalLM.from_config(config).state_dict())
+        model = auto_class(config).from_config(config, trust_remote_code=False)
+        return list(revert_weight_conversion(model, model.state_dict()))
 
 
 def training_bytes(config: Any, recipe: Recipe, sizes: dict[str, int]) -> int:
@@ -257,7 +270,7 @@ def training_bytes(config: Any, recipe: Recipe, sizes: dict[str, int]) -> int:
     layers = 2 if recipe.gradient_checkpointing else config.num_hidden_layers
     # Per token and layer: about 16 hidden vectors, 3 of the MLP's, and the mixer's features, in mixed precision.
     attention = config.num_attention_heads * head_dim(config)
-    per_layer = 48 * config.hidden_size + 12 * config.intermediate_size + 32 * attention
+    per_layer = 48 * config.hidden_size + 12 * inner_size(config) + 32 * attention
     logits = 16 * min(PIECE, recipe.context) * config.vocab_size
     return weights + recipe.context * per_layer * layers + logits
 

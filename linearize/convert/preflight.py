@@ -12,7 +12,7 @@ import torch
 from torch import nn
 
 from linearize.convert.align import aligned_names, transfer_micro_batch
-from linearize.convert.finetune import backward_losses, prepare, shifted_labels, training_mode
+from linearize.convert.finetune import backward_losses, prepare, training_mode
 from linearize.convert.inputs import Inputs
 from linearize.convert.lora import extract
 from linearize.convert.optim import trainable
@@ -39,9 +39,9 @@ def _fitting(inputs: Inputs, shape: StageShape, student: Any, teacher: Any) -> i
     attempt = {"align": _try_align, "finetune": _try_finetune}[shape.name]
     while True:
         rows = inputs.windows[np.arange(micro) % len(inputs.windows)]
-        ids = torch.from_numpy(rows).to(inputs.device).long()
+        ids, labels = (x.to(inputs.device) for x in inputs.task.examples(rows, "preflight"))
         try:
-            attempt(inputs, student, teacher, ids)
+            attempt(inputs, student, teacher, ids, labels)
             return micro
         except torch.cuda.OutOfMemoryError:
             if micro == 1:
@@ -62,7 +62,7 @@ def _ballast(parameters: Sequence[nn.Parameter], device: torch.device) -> Iterat
     del held
 
 
-def _try_align(inputs: Inputs, student: Any, teacher: Any, ids: torch.Tensor) -> None:
+def _try_align(inputs: Inputs, student: Any, teacher: Any, ids: torch.Tensor, labels: torch.Tensor) -> None:
     from linearize.modeling.modeling_linearized import attention_layers
 
     align = inputs.recipe.align
@@ -70,17 +70,17 @@ def _try_align(inputs: Inputs, student: Any, teacher: Any, ids: torch.Tensor) ->
     parameters = [named[name] for name in aligned_names(student, align, inputs.layout.linear)]
     with trainable(parameters), _ballast(parameters, inputs.device):
         # As in training, less the chance of a hidden window.
-        transfer_micro_batch(teacher, dict(attention_layers(student)), ids, align)
+        transfer_micro_batch(teacher, dict(attention_layers(student)), ids, align, task=inputs.task)
 
 
-def _try_finetune(inputs: Inputs, student: Any, teacher: Any, ids: torch.Tensor) -> None:
+def _try_finetune(inputs: Inputs, student: Any, teacher: Any, ids: torch.Tensor, labels: torch.Tensor) -> None:
     recipe = inputs.recipe
     trained = prepare(student, recipe.finetune, seed=recipe.seed)
     try:
         mode = training_mode(student, checkpointing=recipe.gradient_checkpointing)
         members = list(trained.parameters.values())
         with trainable(members), mode, _ballast(members, inputs.device):
-            labels = shifted_labels(ids)
-            backward_losses(student, teacher, ids, labels, ce=recipe.finetune.ce, kl=recipe.finetune.kl, scale=1e-6)
+            ce, kl = recipe.finetune.ce, recipe.finetune.kl
+            backward_losses(student, teacher, ids, labels, ce=ce, kl=kl, scale=1e-6, task=inputs.task)
     finally:
         extract(student, merge=False)

@@ -3,7 +3,8 @@
     python -I reload_child.py REQUEST.json
 
 The request names the folder, how to load it (`import`: after `import linearize`; `remote`: with trust_remote_code and
-linearize out of reach), the roots of the packages, device, threads, token ids, and where to write logits and text.
+linearize out of reach), the roots of the packages, device, threads, the Auto class and the arguments of the model's
+forward, which tokens to find, and where to write logits and text.
 """
 
 from __future__ import annotations
@@ -37,26 +38,34 @@ def main(request_path: str) -> None:
         import linearize  # noqa: F401 - registers the Auto classes
 
     import torch
+    import transformers
     from safetensors.torch import save_file
-    from transformers import AutoModelForCausalLM, AutoTokenizer
 
     torch.set_num_threads(request["threads"])
     torch.use_deterministic_algorithms(True)
     folder = request["folder"]
-    model = AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=remote, local_files_only=True)
+    auto = getattr(transformers, request["auto"])
+    model = auto.from_pretrained(folder, trust_remote_code=remote, local_files_only=True)
     model = model.to(request["device"]).eval()
-    tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=remote, local_files_only=True)
+    tokenizer = transformers.AutoTokenizer.from_pretrained(folder, trust_remote_code=remote, local_files_only=True)
     if remote and any(name.partition(".")[0] in OURS for name in sys.modules):
         raise SystemExit("linearize was imported although it is out of reach")
-    ids = torch.tensor(request["ids"], device=request["device"])
+    call = {
+        name: torch.tensor(value, device=request["device"]) if isinstance(value, list) else value
+        for name, value in request["call"].items()
+    }
+    ids = call["input_ids"]
     with torch.no_grad():
-        logits = model(input_ids=ids, use_cache=False).logits
-        greedy = model.generate(
-            ids[:1, : request["prompt"]], do_sample=False, num_beams=1, max_new_tokens=request["new_tokens"]
-        )
+        logits = model(**call).logits
+        if request["mask"] is None:
+            prompt = ids[:1, : request["prompt"]]
+            answer = model.generate(prompt, do_sample=False, num_beams=1, max_new_tokens=request["new_tokens"])[0]
+        else:
+            one = {name: value[:1] if isinstance(value, torch.Tensor) else value for name, value in call.items()}
+            answer = torch.where(ids[0] == request["mask"], model(**one).logits[0].argmax(-1), ids[0])
     save_file({"logits": logits.float().cpu().contiguous()}, request["logits"])
-    text = tokenizer.decode(greedy[0].tolist())
-    Path(request["text"]).write_text(json.dumps({"tokens": greedy[0].tolist(), "text": text}))
+    text = tokenizer.decode(answer.tolist())
+    Path(request["text"]).write_text(json.dumps({"tokens": answer.tolist(), "text": text}))
 
 
 if __name__ == "__main__":

@@ -5,6 +5,8 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+from linearize.artifacts.download import origin
+from linearize.artifacts.licence import read_licence
 from linearize.convert import plan
 from linearize.convert.align import match, mean_match
 from linearize.convert.export import terms_of
@@ -31,6 +33,7 @@ def make_report(
         "model": inputs.name,
         "recipe": inputs.recipe.name,
         "family": str(student.config.model_type),
+        "task": "masked" if inputs.task.mask is not None else "causal",
         "device": str(inputs.device),
         "dtype": str(inputs.dtype).removeprefix("torch."),
         "keys": surgery.as_dict(),
@@ -70,7 +73,7 @@ def _stage(shape: StageShape, state: StageState, inputs: Inputs) -> dict[str, An
 
 
 def card_facts(inputs: Inputs, report: dict[str, Any]) -> dict[str, Any]:
-    """What the model card says."""
+    """What the model card says, but for the Auto class that the export settles."""
     align, finetune = inputs.shapes
     config = inputs.layout.config
     stages = report["stages"]
@@ -83,7 +86,8 @@ def card_facts(inputs: Inputs, report: dict[str, Any]) -> dict[str, Any]:
         "terms": [path.name for path in terms_of(inputs.folder)],
         "layers": config.num_hidden_layers,
         "linear": inputs.layout.linear,
-        "teacher": inputs.name,
+        "origin": origin(inputs.folder, inputs.name),
+        "licence": _licence(inputs),
         "family": report["family"],
         "parameters": report["parameters"]["model"],
         "state_bytes": report["state_bytes"],
@@ -101,14 +105,19 @@ def _text(inputs: Inputs) -> dict[str, Any]:
     return described if described["kind"] == "hub" else described | {"name": Path(described["name"]).name}
 
 
+def _licence(inputs: Inputs) -> dict[str, Any] | None:
+    return read_licence(inputs.folder, repo=origin(inputs.folder, inputs.name)["repo"])
+
+
 def provenance(inputs: Inputs, identity: dict[str, str], report: dict[str, Any]) -> dict[str, Any]:
     """What the manifest says beside files and versions. No path of this machine."""
     kept = ("calibration", "stages", "layers", "merge_error", "verification", "parameters", "state_bytes", "keys")
     figures = {key: report[key] for key in kept}
     return {
+        "name": inputs.out.name,
         "recipe": inputs.recipe.as_dict(),
         "recipe_digest": inputs.recipe.digest(),
-        "teacher": {"name": inputs.name, "digest": identity["teacher"]},
+        "teacher": origin(inputs.folder, inputs.name) | {"digest": identity["teacher"], "licence": _licence(inputs)},
         "data": _text(inputs) | {"windows_digest": identity["data"]},
         "figures": figures,
     }

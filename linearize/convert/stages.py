@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
-from linearize.progress import Progress
+from linearize.convert.history import Track, add, new_track, require_track
+from linearize.progress import Progress, record
 
 RECENT = 10
 """Steps that a running mean looks back: one batch alone says little."""
@@ -62,6 +63,17 @@ class StageState:
     """Mean of the last ten steps."""
     extra: dict[str, Any] = field(default_factory=dict)
     """The stage's own figures, as plain values."""
+    history: Track = field(default_factory=new_track)
+    """Its figures over time; see `history`."""
+
+    def __post_init__(self) -> None:
+        require_track(self.history)
+
+
+def note(state: StageState, stage: str, values: Mapping[str, float | None]) -> None:
+    """Keep the figures of the step that `state` is at, and tell whoever records them; None: it has no such figure."""
+    add(state.history, state.step, values)
+    record(stage, state.step, {name: value for name, value in values.items() if value is not None})
 
 
 @contextmanager

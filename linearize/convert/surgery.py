@@ -13,18 +13,24 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from linearize.convert.families import family_of
+from linearize.convert.families import family_of, lies_in, module_paths
 from linearize.convert.optim import derived_seed
 from linearize.errors import RefusedError, VerificationError
+from linearize.modeling.family_table import lookup
 from linearize.modeling.mixer_spec import MixerSpec
 
 LINEAR, SOFTMAX = "linear", "softmax"
 
+MASKS = tuple(f".{attention}.{mask}" for attention in ("attn", "attention") for mask in ("bias", "masked_bias"))
+"""Buffers that old checkpoints of GPT-2 and GPT-NeoX hold beside their weights."""
+
 DROP_RULES: dict[str, Callable[[str, Any], bool]] = {
     "rotary table, recomputed from the config": lambda name, config: name.endswith("rotary_emb.inv_freq"),
+    "causal mask, the same in every model": lambda name, config: name.endswith(MASKS),
     "tied output embedding, the same as the input's": lambda name, config: (
-        name == "lm_head.weight" and bool(config.tie_word_embeddings)
+        name in lookup(config).tied and bool(config.tie_word_embeddings)
     ),
+    "part of pretraining, of no use to the task": lambda name, config: name.startswith(lookup(config).spare),
 }
 """Why a tensor of a teacher's file may have no place of its own in the model; nothing else is ever dropped."""
 
@@ -51,16 +57,20 @@ def account(stored: Iterable[str], wanted: Iterable[str], config: Any) -> dict[s
     Raises:
         RefusedError: a tensor without a place, or a place without a tensor (which would be filled with noise).
     """
-    have, need = set(stored), set(wanted)
-    tied = {"lm_head.weight"} if config.tie_word_embeddings else set()
-    if config.tie_word_embeddings and "lm_head.weight" in have and "model.embed_tokens.weight" not in have:
-        have = (have - {"lm_head.weight"}) | {"model.embed_tokens.weight"}
-    missing = sorted(need - have - tied)
+    need, family = set(wanted), lookup(config)
+    have = {family.current_name(name) for name in stored}
+    if not any(name.startswith(f"{family.body}.") for name in have):  # files of a body alone, whose head is tied
+        have = {name if name in need else f"{family.body}.{name}" for name in have}
+    tied = dict(family.tied) if config.tie_word_embeddings else {}
+    for copy, original in tied.items():
+        if copy in have and original not in have:
+            have = (have - {copy}) | {original}
+    missing = sorted(need - have - set(tied))
     if missing:
         more = f" and {len(missing) - 1} more tensors" if missing[1:] else ""
         raise RefusedError(f"the teacher's files lack {missing[0]}{more}", "The checkpoint is incomplete")
     dropped = {}
-    for name in sorted(have - (need - tied)):
+    for name in sorted(have - (need - set(tied))):
         rule = next((rule for rule, applies in DROP_RULES.items() if applies(name, config)), None)
         if rule is None:
             raise RefusedError(
@@ -87,10 +97,9 @@ def empty_student(config: Any) -> Any:
     """The converted model without storage (meta device), in the family of its config."""
     from linearize.modeling.modeling_linearized import MODELS
 
-    native = str(config.model_type).removeprefix("linearized_")
     # Mixers draw start values even here, where they are lost: the caller's random state is not to notice.
     with torch.random.fork_rng(devices=[]), torch.device("meta"):
-        model = MODELS[native](config)
+        model = MODELS[lookup(config).model_type](config)
     model.tie_weights()
     return model
 
@@ -112,19 +121,41 @@ def linearize_model(
     Raises:
         UsageError: unsupported family. VerificationError: a key that is not accounted for, or a bad new weight.
     """
-    family_of(teacher.config)
+    family = family_of(teacher.config)
     config = student_config(teacher.config, spec=spec, layer_mixers=layer_mixers)
     student = empty_student(config)
+    linear = [i for i, kind in enumerate(layer_mixers) if kind == LINEAR]
+    report = fill_student(student, teacher, linear, seed=seed, own=own)
+    student.config._attn_implementation = family.implementation(config)
+    if hasattr(teacher, "generation_config"):  # an encoder generates nothing
+        student.generation_config = teacher.generation_config
+    student.train(teacher.training)  # dropout of the native layers
+    return student, report
+
+
+def fill_student(
+    student: Any, teacher: Any, linear: Collection[int], *, seed: int, own: Callable[[str], bool]
+) -> SurgeryReport:
+    """Give an empty student its values: the teacher's by name, and start values for the mixers of the layers `linear`.
+
+    Both may be parts of models, as long as they are the same parts.
+
+    Raises:
+        VerificationError: a key that is not accounted for, or a bad new weight.
+    """
     device = next(teacher.parameters()).device
-    mixers = {f"model.layers.{i}.self_attn.mixer": i for i, kind in enumerate(layer_mixers) if kind == LINEAR}
+    mixers = {}
+    for name, _ in student.named_modules():
+        numbers = [int(part) for part in name.split(".") if part.isdecimal()]
+        if name.endswith(".mixer") and numbers and numbers[0] in linear:
+            mixers[name] = numbers[0]
     new = _initialise(student, mixers, seed=seed, device=device)
     mapped = _adopt(student, teacher, new, own)
-    student.tie_weights()
-    student.config._attn_implementation = "sdpa"
-    student.generation_config = teacher.generation_config
+    if hasattr(student, "tie_weights"):
+        student.tie_weights()
     report = SurgeryReport(mapped=tuple(sorted(mapped)), dropped={}, new=tuple(sorted(new)))
     _check(student, report)
-    return student, report
+    return report
 
 
 def _initialise(student: Any, mixers: dict[str, int], *, seed: int, device: torch.device) -> set[str]:
@@ -174,17 +205,20 @@ def _check(student: Any, report: SurgeryReport) -> None:
             raise VerificationError(f"{name} was initialised with a value that is not finite")
 
 
-def trained_names(student: Any, wanted: Collection[str], layers: Collection[int] | None = None) -> list[str]:
+def trained_names(
+    student: Any, wanted: Collection[str], layers: Collection[int] | None = None, *, key: str = "train"
+) -> list[str]:
     """Names of the parameters that lie in a module called as one of `wanted` (mixer, q_proj, ...), in order.
 
-    `layers` keeps to those decoder layers; None: all.
+    `layers` keeps to those decoder layers; None: all. `key` is the recipe's, for errors.
+
+    Raises:
+        UsageError: a part of what the family keeps in one module, without the rest.
     """
-    found = []
-    for name, _ in student.named_parameters():
-        parts = name.split(".")
-        if not set(parts) & set(wanted):
-            continue
-        index = int(parts[2]) if parts[:2] == ["model", "layers"] else None
-        if layers is None or index in layers:
-            found.append(name)
-    return found
+    family = lookup(student.config)
+    paths = module_paths(family, wanted, key=key)
+    return [
+        name
+        for name, _ in student.named_parameters()
+        if any(lies_in(name, path) for path in paths) and (layers is None or family.layer_index(name) in layers)
+    ]

@@ -12,10 +12,13 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from linearize.convert.finetune import IGNORE, PIECE, shifted_labels, token_losses
+from linearize.convert.finetune import PIECE, token_losses
 from linearize.convert.stages import StageShape, shown
 from linearize.convert.surgery import LINEAR, linearize_model
+from linearize.convert.task import shifted_labels
 from linearize.errors import VerificationError
+from linearize.masking import IGNORE
+from linearize.modeling.family_table import body, logits, lookup
 from linearize.modeling.mixer_spec import MixerSpec
 from linearize.progress import NullProgress, Progress
 
@@ -43,14 +46,16 @@ class SwapLoss:
 @contextmanager
 def swapped(teacher: Any, swap: Swap) -> Iterator[None]:
     """Put these attention modules into the teacher's layers; its own come back afterwards, also on errors."""
-    own = {index: teacher.model.layers[index].self_attn for index in swap}
+    family = lookup(teacher.config)
+    layers = family.layers_of(teacher)
+    own = {index: family.attention_of(teacher, index) for index in swap}
     try:
         for index, attention in swap.items():
-            teacher.model.layers[index].self_attn = attention
+            family.put_attention(layers, index, attention)
         yield
     finally:
         for index, attention in own.items():
-            teacher.model.layers[index].self_attn = attention
+            family.put_attention(layers, index, attention)
 
 
 def window_attentions(teacher: Any, *, window: int, sinks: int) -> dict[int, nn.Module]:
@@ -113,7 +118,7 @@ def measure(
 
 def _last_hidden(model: Any, ids: Tensor) -> Tensor:
     """[B, T] -> [B * T, hidden]."""
-    return model.model(input_ids=ids, use_cache=False).last_hidden_state.flatten(0, 1)
+    return body(model)(input_ids=ids, use_cache=False).last_hidden_state.flatten(0, 1)  # type: ignore[no-any-return]
 
 
 def _sums(model: Any, hidden: Tensor, labels: Tensor, target: Tensor | None) -> Tensor:
@@ -121,8 +126,8 @@ def _sums(model: Any, hidden: Tensor, labels: Tensor, target: Tensor | None) -> 
     found = torch.zeros(2, dtype=torch.float64)
     for begin in range(0, len(labels), PIECE):
         part = slice(begin, begin + PIECE)
-        theirs = None if target is None else model.lm_head(target[part])
-        found += torch.stack(token_losses(model.lm_head(hidden[part]), labels[part], theirs)).double().cpu()
+        theirs = None if target is None else logits(model, target[part])
+        found += torch.stack(token_losses(logits(model, hidden[part]), labels[part], theirs)).double().cpu()
     return found
 
 

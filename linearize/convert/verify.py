@@ -9,7 +9,7 @@ import subprocess
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -17,10 +17,10 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor
 
+from linearize.convert.task import CAUSAL, NEW_TOKENS, Task
 from linearize.errors import VerificationError
 
 MODES = {"import": "import linearize", "remote": "trust_remote_code=True"}
-NEW_TOKENS = 32
 RELATIVE = 1e-5
 """Allowed difference of a logit, relative to the largest one; the same code on the same device should give none."""
 CHILD_SECONDS = 1800
@@ -51,24 +51,23 @@ class Expected:
 
     ids: Tensor
     """[B, T] tokens."""
-    prompt: int
-    """Tokens of the first row that are continued."""
     logits: Tensor
     """[B, T, V] fp32, on the CPU."""
-    tokens: list[int]
-    """The prompt and its greedy continuation."""
+    tokens: list[int] | None
+    """What it makes of the first row; see `Task.answer`. None, and any text, where the model was never whole: then the
+    two ways of loading must agree."""
     text: str
+    task: Task = CAUSAL
 
 
 @torch.no_grad()
-def expect(model: Any, tokenizer: Any, ids: Tensor) -> Expected:
-    """Logits of ids [B, T] and the greedy continuation of the first quarter of the first row."""
-    prompt = max(1, ids.shape[1] // 4)
+def expect(model: Any, tokenizer: Any, ids: Tensor, task: Task = CAUSAL) -> Expected:
+    """Logits of ids [B, T], and what the model makes of the first row: a continuation, or its hidden tokens."""
     ids = ids.to(model.device)
     with by_definition():
-        logits = model(input_ids=ids, use_cache=False).logits.float().cpu()
-        greedy = model.generate(ids[:1, :prompt], do_sample=False, num_beams=1, max_new_tokens=NEW_TOKENS)[0].tolist()
-    return Expected(ids=ids.cpu(), prompt=prompt, logits=logits, tokens=greedy, text=tokenizer.decode(greedy))
+        logits = model(**task.call(ids)).logits.float().cpu()
+        answer = task.answer(model, ids)
+    return Expected(ids=ids.cpu(), logits=logits, tokens=answer, text=tokenizer.decode(answer), task=task)
 
 
 def verify_export(folder: Path, expected: Expected, *, device: torch.device, room: Path) -> dict[str, Any]:
@@ -85,6 +84,8 @@ def verify_export(folder: Path, expected: Expected, *, device: torch.device, roo
         shutil.copytree(folder, copy, copy_function=_link)
         for mode, name in MODES.items():
             logits, answer = _ask(mode, copy, room, expected, device)
+            if expected.tokens is None:
+                expected = replace(expected, tokens=answer["tokens"], text=answer["text"])
             figures[mode] = _compare(name, logits, answer, expected)
     finally:
         shutil.rmtree(room, ignore_errors=True)
@@ -102,14 +103,17 @@ def _link(source: str, target: str) -> str:
 def _ask(
     mode: str, folder: Path, room: Path, expected: Expected, device: torch.device
 ) -> tuple[Tensor, dict[str, Any]]:
+    call = expected.task.call(expected.ids)
     request = {
         "mode": mode,
         "folder": str(folder),
         "roots": _roots(),
         "device": str(device),
         "threads": torch.get_num_threads(),
-        "ids": expected.ids.tolist(),
-        "prompt": expected.prompt,
+        "auto": expected.task.auto,
+        "call": {name: x.tolist() if isinstance(x, Tensor) else x for name, x in call.items()},
+        "prompt": expected.task.prompt(expected.ids),
+        "mask": expected.task.mask,
         "new_tokens": NEW_TOKENS,
         "logits": str(room / f"{mode}.safetensors"),
         "text": str(room / f"{mode}.json"),

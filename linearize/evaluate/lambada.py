@@ -25,12 +25,12 @@ from torch.nn import functional as F
 from linearize.errors import UsageError, VerificationError
 from linearize.evaluate.perplexity import (
     CHUNK,
-    PLAIN_HEADS,
     TOKENS_PER_BATCH,
     eval_mode,
     open_subject,
     safe_exp,
 )
+from linearize.modeling.family_table import body_and_head
 from linearize.progress import tell
 
 PROTOCOL = "lm-eval/lambada_openai"
@@ -196,10 +196,9 @@ def score_passages(
 def _targets(model: Any, ids: Tensor, scored: Tensor) -> tuple[Tensor, Tensor]:
     """Nats (float64) and hit (bool) of the scored tokens, row by row; ids int64 [B, T], scored bool [B, T - 1]."""
     inputs, targets = ids[:, :-1], ids[:, 1:][scored]
-    family = str(getattr(model.config, "model_type", "")).removeprefix("linearized_")
-    head = model.get_output_embeddings()
-    if family in PLAIN_HEADS and head is not None and hasattr(model, "model"):
-        states = model.model(input_ids=inputs, use_cache=False).last_hidden_state[scored]  # [S, hidden]
+    if (known := body_and_head(model)) is not None:
+        inner, head = known
+        states = inner(input_ids=inputs, use_cache=False).last_hidden_state[scored]  # [S, hidden]
     else:
         states, head = model(input_ids=inputs, use_cache=False).logits[scored], torch.nn.Identity()
     step = max(1, CHUNK // int(model.config.get_text_config().vocab_size))

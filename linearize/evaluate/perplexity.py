@@ -14,10 +14,12 @@ import numpy as np
 import torch
 from torch.nn import functional as F
 
+from linearize.artifacts.kind import require_causal, require_masked
 from linearize.artifacts.load import load_model, load_tokenizer, resolve, select_device
 from linearize.data import load_source
 from linearize.errors import VerificationError
 from linearize.evaluate.protocols import Row, Task, make_task, parse_protocol
+from linearize.modeling.family_table import body_and_head
 from linearize.progress import tell
 
 DEFAULT_CONTEXT = 1024
@@ -27,8 +29,6 @@ FIRST_EDGE = 64
 CHUNK = 1 << 24
 """fp32 logits that exist at once (64 MB)."""
 TOKENS_PER_BATCH = {"cpu": 4096, "cuda": 65536}
-PLAIN_HEADS = ("llama", "mistral", "qwen2", "qwen3")
-"""Families whose logits are the head applied to the last hidden state and nothing else: it can be done in parts."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -199,10 +199,9 @@ def score(model: Any, rows: list[Row], *, batch_size: int | None = None, name: s
 def _losses(model: Any, ids: torch.Tensor, scored: torch.Tensor) -> np.ndarray:
     """float64 [scored tokens], row by row; ids int64 [B, T], scored bool [B, T - 1]."""
     inputs, targets = ids[:, :-1], ids[:, 1:][scored]
-    family = str(getattr(model.config, "model_type", "")).removeprefix("linearized_")
-    head = model.get_output_embeddings()
-    if family in PLAIN_HEADS and head is not None and hasattr(model, "model"):
-        states = model.model(input_ids=inputs, use_cache=False).last_hidden_state[scored]  # [S, hidden]
+    if (known := body_and_head(model)) is not None:
+        inner, head = known
+        states = inner(input_ids=inputs, use_cache=False).last_hidden_state[scored]  # [S, hidden]
     else:
         states, head = model(input_ids=inputs, use_cache=False).logits[scored], torch.nn.Identity()
     step = max(1, CHUNK // int(model.config.get_text_config().vocab_size))
@@ -212,16 +211,20 @@ def _losses(model: Any, ids: torch.Tensor, scored: torch.Tensor) -> np.ndarray:
     return torch.cat(parts).double().cpu().numpy()
 
 
-def open_subject(model: Any, *, device: str = "auto", dtype: str = "auto") -> Subject:
+def open_subject(model: Any, *, device: str = "auto", dtype: str = "auto", masked: bool = False) -> Subject:
     """A folder, Hub id, `demo` or (model, tokenizer) pair as a Subject; the tokenizer is read now.
 
     Raises:
-        UsageError: no such model, no tokenizer, or no such device.
+        UsageError: no such model, no tokenizer, no such device, or a masked model where a causal one is needed (with
+            `masked`, the other way round).
     """
+    require = require_masked if masked else require_causal
     if isinstance(model, tuple):
         loaded, tokenizer = model
+        require(loaded, _name(loaded))
         return Subject(name=_name(loaded), tokenizer=tokenizer, load=lambda: loaded)
     path = resolve(model)
+    require(path, str(model))
     where = select_device(device)
     kind = "float32" if dtype == "auto" and where.type == "cpu" else dtype
     return Subject(

@@ -22,7 +22,6 @@ from linearize.data import load_source
 from linearize.errors import RefusedError, UsageError, VerificationError
 from linearize.evaluate.perplexity import (
     CHUNK,
-    PLAIN_HEADS,
     TOKENS_PER_BATCH,
     default_context,
     eval_mode,
@@ -32,6 +31,7 @@ from linearize.evaluate.perplexity import (
 from linearize.evaluate.recall_tasks import SMALLEST_DISTANCE, RecallTask, longest_page, make_tasks
 from linearize.evaluate.recovery import REFERENCE_WINDOW, require_same_tokenizer
 from linearize.evaluate.truncation import truncated
+from linearize.modeling.family_table import body_and_head
 from linearize.progress import tell
 
 WINDOWS_AWAY = (2.5, 5, 10)
@@ -226,10 +226,9 @@ def _right(
 ) -> torch.Tensor:
     """fp32 [B, Q]: 1, 1/n, 0, or nan for a logit that is not finite. ids [B, L], places [B, Q], wanted [B, Q, K]."""
     targets = ids.gather(1, places)[..., None]  # [B, Q, 1]
-    family = str(getattr(model.config, "model_type", "")).removeprefix("linearized_")
-    head = model.get_output_embeddings()
-    if family in PLAIN_HEADS and head is not None and hasattr(model, "model"):
-        states = model.model(input_ids=ids[:, :-1], use_cache=False).last_hidden_state  # [B, L - 1, hidden]
+    if (known := body_and_head(model)) is not None:
+        inner, head = known
+        states = inner(input_ids=ids[:, :-1], use_cache=False).last_hidden_state  # [B, L - 1, hidden]
     else:
         states, head = model(input_ids=ids[:, :-1], use_cache=False).logits, torch.nn.Identity()
     states = states.gather(1, (places - 1)[..., None].expand(-1, -1, states.shape[-1]))  # [B, Q, hidden]

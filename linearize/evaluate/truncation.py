@@ -13,10 +13,10 @@ from typing import Any
 
 import torch
 from transformers import AttentionInterface, AttentionMaskInterface
-from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
 
 from linearize.errors import UsageError
+from linearize.modeling.softcap import softmax_attention
 
 BLOCK_WINDOW = "linearize_block_window"
 _SETTING = "_linearize_block_window"
@@ -66,9 +66,9 @@ def _mask(*args: Any, config: Any = None, **kwargs: Any) -> torch.Tensor:
 
 def _attention(module: torch.nn.Module, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor,
                attention_mask: torch.Tensor | None, **kwargs: Any) -> tuple[torch.Tensor, None]:  # fmt: skip
-    """SDPA under the cut mask; q [B, H, Tq, D], k and v [B, HK, Tk, D] -> [B, Tq, H, D]."""
+    """The model's attention under the cut mask; q [B, H, Tq, D], k and v [B, HK, Tk, D] -> [B, Tq, H, D]."""
     assert attention_mask is not None, "a block window without its mask would see everything"
-    return sdpa_attention_forward(module, query, key, value, attention_mask, **kwargs)
+    return softmax_attention(module, query, key, value, attention_mask, **kwargs), None
 
 
 # Both, always: a name without a mask function of its own gets no mask at all, in silence.

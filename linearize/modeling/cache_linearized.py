@@ -15,6 +15,8 @@ from typing import Any
 import torch
 from transformers.cache_utils import Cache, CacheLayerMixin, DynamicLayer, DynamicSlidingWindowLayer
 
+from .family_table import lookup
+
 try:
     from linearize_kernels.decode import settle
 except ImportError:  # an exported model without linearize: no kernel leaves anything to settle
@@ -302,7 +304,4 @@ class LinearizedCache(Cache):
 
 def softmax_window(config: Any, index: int) -> int | None:
     """Sliding window of the native attention in layer `index`, or None where it sees everything."""
-    types = getattr(config, "layer_types", None)
-    if types is not None:
-        return config.sliding_window if types[index] == "sliding_attention" else None
-    return getattr(config, "sliding_window", None)
+    return lookup(config).window_of(config, index)

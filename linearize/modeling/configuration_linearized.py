@@ -6,23 +6,23 @@ A converted Llama has model_type `linearized_llama`; `layer_mixers` says `linear
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
-from typing import Any
+from functools import cache
+from importlib import import_module
+from typing import Any, ClassVar
 
-from transformers.models.llama.configuration_llama import LlamaConfig
-from transformers.models.mistral.configuration_mistral import MistralConfig
-from transformers.models.qwen2.configuration_qwen2 import Qwen2Config
-from transformers.models.qwen3.configuration_qwen3 import Qwen3Config
-
+from .family_table import FAMILIES, PREFIX, lookup
 from .feature_maps import feature_size
 from .mixer_spec import AXES, MixerSpec
-
-PREFIX = "linearized_"
 
 
 @dataclass(kw_only=True)
 class LinearizedFields:
     """What a converted model's configuration adds. Defaults are those of MixerSpec; see there for the meaning."""
+
+    on_first_use: ClassVar[Callable[[Any], None] | None] = None
+    """Called with each new config; what `register` puts here makes its model class known to transformers."""
 
     layer_mixers: list[str] | None = None
     mixer_feature_map: str = MixerSpec.feature_map
@@ -50,6 +50,8 @@ class LinearizedFields:
         if len(self.layer_mixers) != layers or set(self.layer_mixers) - {"linear", "softmax"}:
             raise ValueError(f"layer_mixers: needs {layers} entries, each linear or softmax; got {self.layer_mixers}")
         super().__post_init__(**kwargs)  # type: ignore[misc]
+        if (announce := type(self).on_first_use) is not None:
+            announce(self)
 
     def mixer_spec(self) -> MixerSpec:
         """The mixer of the linear layers.
@@ -65,36 +67,54 @@ class LinearizedFields:
         return [i for i, mixer in enumerate(self.layer_mixers or ()) if mixer == "linear"]
 
 
-class LinearizedLlamaConfig(LinearizedFields, LlamaConfig):
-    """Llama with linear layers."""
+@cache
+def config_class(model_type: str) -> Any:
+    """The converted configuration of a native model type; imports transformers' own of that family.
 
-    model_type = PREFIX + "llama"
-
-
-class LinearizedMistralConfig(LinearizedFields, MistralConfig):
-    """Mistral with linear layers."""
-
-    model_type = PREFIX + "mistral"
-
-
-class LinearizedQwen2Config(LinearizedFields, Qwen2Config):
-    """Qwen2 with linear layers."""
-
-    model_type = PREFIX + "qwen2"
-
-
-class LinearizedQwen3Config(LinearizedFields, Qwen3Config):
-    """Qwen3 with linear layers."""
-
-    model_type = PREFIX + "qwen3"
+    Raises:
+        KeyError: a family that is not in the table.
+    """
+    family = FAMILIES[model_type]
+    native = getattr(
+        import_module(f"transformers.models.{family.module}.configuration_{family.module}"), family.config_class
+    )
+    return type(
+        f"Linearized{family.name}Config",
+        (LinearizedFields, native),
+        {"__module__": __name__, "__doc__": f"{family.name} with linear layers.", "model_type": PREFIX + model_type},
+    )
 
 
-CONFIGS: dict[str, type] = {
-    "llama": LinearizedLlamaConfig,
-    "mistral": LinearizedMistralConfig,
-    "qwen2": LinearizedQwen2Config,
-    "qwen3": LinearizedQwen3Config,
-}
+class ByFamily(Mapping[str, Any]):
+    """Something for every model type of the table, made when it is asked for."""
+
+    def __init__(self, make: Any) -> None:
+        self._make = make
+
+    def __getitem__(self, model_type: str) -> Any:
+        return self._make(model_type)
+
+    def __contains__(self, model_type: object) -> bool:
+        return model_type in FAMILIES
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(FAMILIES)
+
+    def __len__(self) -> int:
+        return len(FAMILIES)
+
+
+CONFIGS = ByFamily(config_class)
+
+
+def __getattr__(name: str) -> Any:
+    """LinearizedLlamaConfig and the like, by name: for saved models, pickles and imports."""
+    for model_type, family in FAMILIES.items():
+        if name == f"Linearized{family.name}Config":
+            return config_class(model_type)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+
+
 NOT_CARRIED = ("model_type", "architectures", "transformers_version", "auto_map", "_name_or_path")
 
 
@@ -120,11 +140,16 @@ def head_sizes(config: Any) -> tuple[int, int, int]:
     """Query heads, key/value heads and channels of a head."""
     heads = config.num_attention_heads
     width = getattr(config, "head_dim", None) or config.hidden_size // heads
-    return heads, config.num_key_value_heads or heads, width
+    return heads, getattr(config, "num_key_value_heads", None) or heads, width
 
 
 def layer_state_bytes(config: Any, spec: MixerSpec, *, dtype_bytes: int = 2) -> int:
-    """Bytes one linear layer keeps for one sequence; window keys and values in the model's dtype, the rest float32."""
+    """Bytes one linear layer keeps for one sequence; window keys and values in the model's dtype, the rest float32.
+
+    None of it in an encoder, which reads every sequence whole.
+    """
+    if lookup(config).bidirectional:
+        return 0
     heads, kv_heads, width = head_sizes(config)
     state_heads = heads if spec.state_heads == "query" else kv_heads
     features = 0 if spec.write == "none" else feature_size(spec.feature_map, width, spec.feature_dim)
@@ -143,6 +168,8 @@ def state_bytes(config: Any, *, dtype_bytes: int = 2) -> int:
 
 
 def kv_bytes(config: Any, tokens: int, *, dtype_bytes: int = 2, layers: int | None = None) -> int:
-    """Bytes of a softmax cache of `tokens` for one sequence, in all layers or in `layers` of them."""
+    """Bytes of a softmax cache of `tokens` for one sequence, in all layers or in `layers` of them; 0 for an encoder."""
+    if lookup(config).bidirectional:
+        return 0
     _, kv_heads, width = head_sizes(config)
     return 2 * (config.num_hidden_layers if layers is None else layers) * kv_heads * width * tokens * dtype_bytes

@@ -17,6 +17,7 @@ from typing import Any
 import torch
 from transformers.modeling_outputs import CausalLMOutputWithPast
 
+from .family_table import lookup
 from .mixer import Mixer
 from .mixer_decode import step_backend
 
@@ -53,9 +54,10 @@ def why_not(model: Any, cache: Any) -> str | None:
             return f"the torch step asks the host: {reason}"
     if len(cache.linear) < len(cache.layers) and model.config._attn_implementation not in ("sdpa", "eager"):
         return f"softmax layers with {model.config._attn_implementation!r} take no mask of a fixed size"
-    rope = getattr(model.config, "rope_parameters", None) or {}
-    if rope.get("rope_type") in ROPE_FROM_LENGTH:
-        return f"{rope['rope_type']!r} RoPE asks the host for the longest position"
+    family = lookup(model.config)
+    for rope in (family.rope_of(model.config, layer) for layer in range(model.config.num_hidden_layers)):
+        if rope.get("rope_type") in ROPE_FROM_LENGTH:
+            return f"{rope['rope_type']!r} RoPE asks the host for the longest position"
     return None
 
 

@@ -93,6 +93,8 @@ def unable(mixer: Mixer, q: Tensor, layout: Layout | None = None, cache: Any = N
     spec = mixer.spec
     if mixer.execution == "quadratic" or mixer.record_weights:
         return "the quadratic form has no kernel"
+    if mixer.softcap is not None and spec.window and mixer.branches != "linear":
+        return "a bound on attention scores has no kernel"
     if spec.feature_map == "taylor" and mixer.branches != "window":
         return "there is no kernel for the map 'taylor'"
     if spec.window and spec.window not in WINDOWS and mixer.branches != "linear":

@@ -63,6 +63,15 @@ def packed_layout(position_ids: torch.Tensor, batch: int) -> Layout | None:
     return _layout(torch.ones_like(starts), starts)
 
 
+def document_mask(position_ids: torch.Tensor, batch: int) -> torch.Tensor:
+    """What tokens of packed documents may attend to: [B, 1, T, T] bool, their own document up to themselves."""
+    position_ids = position_ids.expand(batch, -1)
+    starts = torch.ones_like(position_ids)
+    starts[:, 1:] = (position_ids[:, 1:] != position_ids[:, :-1] + 1).long()
+    document = starts.cumsum(1)
+    return (document[:, None, :, None] == document[:, None, None, :]).tril()
+
+
 def _layout(real: torch.Tensor, starts: torch.Tensor) -> Layout:
     """Number sequences and places from where real tokens and sequence starts lie."""
     sequence = starts.flatten().cumsum(0) - 1  # [B*T]

@@ -24,21 +24,15 @@ from .layout import Layout
 from .mixer_spec import MixerSpec
 from .mixer_state import MixerState
 from .rotary import rotate, unrotate
+from .softcap import chunk_window, window_weights
 
 try:
-    from linearize_kernels import (
-        block_window_mask,
-        chunk_delta,
-        chunk_linear,
-        chunk_window,
-        linear_weights,
-        window_weights,
-    )
+    from linearize_kernels import block_window_mask, chunk_delta, chunk_linear, linear_weights
 except ImportError:  # an exported model without linearize: the same files lie beside this one
     from .delta import chunk_delta  # type: ignore[import-not-found,no-redef]
     from .linear import chunk_linear  # type: ignore[import-not-found,no-redef]
-    from .quadratic import linear_weights, window_weights  # type: ignore[import-not-found,no-redef]
-    from .window import block_window_mask, chunk_window  # type: ignore[import-not-found,no-redef]
+    from .quadratic import linear_weights  # type: ignore[import-not-found,no-redef]
+    from .window import block_window_mask  # type: ignore[import-not-found,no-redef]
 
 BRANCHES = ("full", "window", "linear", "none")
 CHUNK = 64
@@ -57,6 +51,7 @@ class Mixer(nn.Module):
     `last_linear`, likewise, what the linear branch gives alone, where it reads the same tokens in the mix;
     `record_weights` keeps `last_weights` [N, H, L, L], each pair's share of the row, and runs the quadratic form.
     `backend` is auto, torch or triton: which kernels mix whole sequences (fused.py) and single tokens.
+    `softcap` bounds the window's scores as the teacher does its own (softcap.py).
     """
 
     def __init__(
@@ -64,6 +59,7 @@ class Mixer(nn.Module):
     ) -> None:
         super().__init__()
         self.spec, self.scaling = spec, scaling
+        self.softcap: float | None = None
         self.num_heads, self.num_kv_heads, self.head_dim = num_heads, num_kv_heads, head_dim
         self.state_heads = num_heads if spec.state_heads == "query" else num_kv_heads
         self.features = 0 if spec.write == "none" else feature_size(spec.feature_map, head_dim, spec.feature_dim)
@@ -99,6 +95,11 @@ class Mixer(nn.Module):
         if spec.normaliser == "norm":
             self.norm_weight = nn.Parameter(torch.empty(num_heads, head_dim))
         self.reset_parameters()
+
+    @property
+    def scores(self) -> dict[str, Any]:
+        """What makes the window's scores of q.k."""
+        return {"scale": self.scaling, "cap": self.softcap}
 
     def initial_values(self) -> dict[str, torch.Tensor]:
         """Start value of every parameter and buffer of the mixer, by name, on the CPU in float32."""
@@ -245,7 +246,7 @@ class Mixer(nn.Module):
         window = linear = largest = None
         if seen is not None and self.branches != "linear":
             grouped = q.unflatten(1, (self.num_kv_heads, -1))
-            window, largest = (x.flatten(1, 2) for x in window_weights(grouped, k, scale=self.scaling, seen=seen))
+            window, largest = (x.flatten(1, 2) for x in window_weights(grouped, k, **self.scores, seen=seen))
         if self.branches != "window" and spec.write != "none":
             covered, fk = causal, self.map_keys(k_lin, g)
             if seen is not None and spec.lagged and self.branches == "full":
@@ -347,7 +348,7 @@ class Mixer(nn.Module):
         """Of the softmax window: unnormalised numerator [N, H, L, D], denominator and largest score [N, H, L, 1]."""
         grouped = q.unflatten(1, (self.num_kv_heads, -1))
         options: dict[str, Any] = {"sink_k": sink_k, "sink_v": sink_v, "first_block": first_block}
-        found = chunk_window(grouped, k, v, window=self.spec.window, scale=self.scaling, **options)
+        found = chunk_window(grouped, k, v, window=self.spec.window, **self.scores, **options)
         return tuple(x.flatten(1, 2) for x in found)
 
     def combine(self, window, linear, gate) -> torch.Tensor:  # type: ignore[no-untyped-def]

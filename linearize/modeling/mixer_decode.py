@@ -57,7 +57,9 @@ def step_backend(mixer: Mixer, q: torch.Tensor) -> tuple[str, str | None]:
     if decode_step is None:
         return "torch", "linearize_kernels is not installed"
     reason = unable(step_rule(mixer.spec, mixer.head_dim, mixer.state_heads, mixer.scaling, True), mixer.head_dim)
-    if mixer.record:
+    if mixer.softcap is not None and mixer.spec.window:
+        reason = "a bound on attention scores has no kernel"
+    elif mixer.record:
         reason = "the mixer records its branches"
     elif torch.is_grad_enabled() and q.requires_grad:
         reason = "a step of the kernel has no gradient"
@@ -82,8 +84,10 @@ def decode_token(
     if step_backend(mixer, q)[0] != "triton":
         return None
     spec, own = mixer.spec, None
-    rule = step_rule(spec, mixer.head_dim, mixer.state_heads, mixer.scaling, rotation is not None)
-    if spec.own_qk:
+    # The kernel pairs the channels of a whole head; of one that is rotated in part, the rotation is undone here.
+    partly = rotation is not None and rotation[0].shape[-1] != mixer.head_dim
+    rule = step_rule(spec, mixer.head_dim, mixer.state_heads, mixer.scaling, rotation is not None and not partly)
+    if spec.own_qk or (partly and not spec.rope and spec.write != "none"):
         found = mixer.linear_qk(q.float(), k.float(), inputs.float(), rotation)
         own = tuple(x.squeeze(2).contiguous() for x in found)
     weights = step_weights(mixer)
@@ -97,7 +101,7 @@ def decode_token(
         memory=cache.tensors | cache.workspace,
         weights=weights,
         inputs=inputs[:, 0],
-        rotation=None if rotation is None else (rotation[0][:, 0], rotation[1][:, 0]),
+        rotation=None if rotation is None or partly else (rotation[0][:, 0], rotation[1][:, 0]),
         own=own,  # type: ignore[arg-type]
         backend="triton",
     )

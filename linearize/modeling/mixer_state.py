@@ -13,11 +13,12 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from .mixer_decode import decode_token
+from .softcap import step_window
 
 try:
-    from linearize_kernels import step_delta, step_linear, step_window
+    from linearize_kernels import step_delta, step_linear
 except ImportError:  # an exported model without linearize
-    from .step import step_delta, step_linear, step_window  # type: ignore[import-not-found,no-redef]
+    from .step import step_delta, step_linear  # type: ignore[import-not-found,no-redef]
 
 if TYPE_CHECKING:
     from .mixer import Mixer
@@ -268,7 +269,7 @@ class MixerState:
             values = torch.cat((values, tensors["sink_v"].to(q.dtype)), dim=2)
             seen = torch.cat((seen, apart), dim=1)
         grouped = q.unflatten(1, (self.mixer.num_kv_heads, -1))
-        return tuple(x.flatten(1, 2) for x in step_window(grouped, keys, values, seen, scale=self.mixer.scaling))
+        return tuple(x.flatten(1, 2) for x in step_window(grouped, keys, values, seen, **self.mixer.scores))
 
     def _turn_block(self) -> None:
         """Once in W tokens, let go of the block that the next token will not see any more."""

@@ -7,26 +7,20 @@ norms and RoPE are therefore the teacher's code, not a copy of it.
 from __future__ import annotations
 
 import copy
-from typing import Any
+from functools import cache
+from importlib import import_module
+from operator import attrgetter
+from typing import Any, NamedTuple
 
 import torch
 from torch import nn
 from transformers.modeling_utils import AttentionInterface
-from transformers.models.llama.modeling_llama import LlamaAttention, LlamaForCausalLM, LlamaModel
-from transformers.models.mistral.modeling_mistral import MistralAttention, MistralForCausalLM, MistralModel
-from transformers.models.qwen2.modeling_qwen2 import Qwen2Attention, Qwen2ForCausalLM, Qwen2Model
-from transformers.models.qwen3.modeling_qwen3 import Qwen3Attention, Qwen3ForCausalLM, Qwen3Model
 
 from .cache_linearized import LinearizedCache
-from .configuration_linearized import (
-    LinearizedLlamaConfig,
-    LinearizedMistralConfig,
-    LinearizedQwen2Config,
-    LinearizedQwen3Config,
-    head_sizes,
-)
+from .configuration_linearized import ByFamily, config_class, head_sizes
 from .decode_graph import DecodeGraph, why_not
-from .layout import Layout, packed_layout, padded_layout
+from .family_table import FAMILIES, Family
+from .layout import Layout, document_mask, packed_layout, padded_layout
 from .mixer import BRANCHES, Mixer
 
 MIXER_ATTENTION = "linearized_mixer"
@@ -54,37 +48,56 @@ AttentionInterface.register(MIXER_ATTENTION, mixer_attention)
 class LinearAttentionMixin:
     """Turns a native attention class into a linear layer."""
 
+    family: Family
+
     def __init__(self, config: Any, layer_idx: int) -> None:
         own = copy.copy(config)
         own._attn_implementation = MIXER_ATTENTION
-        super().__init__(own, layer_idx)  # type: ignore[call-arg]
+        super().__init__(own, layer_idx=layer_idx)  # type: ignore[call-arg]
         heads, kv_heads, width = head_sizes(config)
+        self.rotates = self.family.rotates(config, layer_idx)
+        self.mixer_layout: Layout | None = None  # set by a layer that cannot hand it on
         self.mixer = Mixer(
             config.mixer_spec(),
             hidden_size=config.hidden_size,
             num_heads=heads,
             num_kv_heads=kv_heads,
             head_dim=width,
-            scaling=self.scaling,  # type: ignore[attr-defined,has-type]
+            scaling=1.0 if self.family.query_scaled else self.scaling,  # type: ignore[attr-defined,has-type]
         )
+        self.mixer.softcap = self.family.cap_of(config)
 
     def forward(
-        self,
-        hidden_states: torch.Tensor,
-        position_embeddings: tuple[torch.Tensor, torch.Tensor],
-        attention_mask: torch.Tensor | None = None,
-        past_key_values: Any = None,
-        mixer_layout: Layout | None = None,
-        **kwargs: Any,
+        self, hidden_states: torch.Tensor, *args: Any, mixer_layout: Layout | None = None, **kwargs: Any
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
-        """As the native forward; the layer's state lies in `past_key_values`, padding in `mixer_layout`."""
+        """As the native forward; the layer's state lies in the cache, padding in `mixer_layout`."""
+        given = dict(zip(self.family.arguments, args, strict=False)) | kwargs
+        cache = given.pop(self.family.cache, None)
         call = {
             "inputs": hidden_states,
-            "rotation": position_embeddings,
-            "layout": mixer_layout,
-            "cache": None if past_key_values is None else past_key_values.layers[self.layer_idx],  # type: ignore[attr-defined]
+            "rotation": given.get("position_embeddings") if self.rotates else None,
+            "layout": self.mixer_layout if mixer_layout is None else mixer_layout,
+            "cache": None if cache is None else cache.layers[self.layer_idx],  # type: ignore[attr-defined]
         }
-        return super().forward(hidden_states, position_embeddings, None, mixer_call=call, **kwargs)  # type: ignore[misc]
+        return super().forward(hidden_states, **(given | {"attention_mask": None, "mixer_call": call}))  # type: ignore[misc]
+
+
+class LayoutLayerMixin:
+    """A decoder layer that would lose `mixer_layout` on the way to its attention: it lays it down there.
+
+    In the layer's own forward, and nowhere else, so that recomputation under gradient checkpointing does the same.
+    """
+
+    family: Family
+
+    def forward(self, *args: Any, mixer_layout: Layout | None = None, **kwargs: Any) -> Any:
+        """As the native forward."""
+        attention = attrgetter(self.family.attention)(self)
+        attention.mixer_layout = mixer_layout
+        try:
+            return super().forward(*args, **kwargs)  # type: ignore[misc]
+        finally:
+            attention.mixer_layout = None
 
 
 class MixerInitMixin:
@@ -100,12 +113,17 @@ class MixerInitMixin:
 class LinearizedModelMixin(MixerInitMixin):
     """Swaps the attention of linear layers and hands them sequences instead of masks."""
 
+    family: Family
     attention_class: type
 
     def __init__(self, config: Any) -> None:
         super().__init__(config)  # type: ignore[call-arg]
+        layers = attrgetter(self.family.layers)(self)
         for index in config.linear_layers:
-            self.layers[index].self_attn = self.attention_class(config, index)  # type: ignore[attr-defined]
+            self.family.put_attention(layers, index, self.attention_class(config, index))
+            if self.family.deaf_layers:
+                kind = type(layers[index])  # its name stays: transformers splits models by names of layers
+                layers[index].__class__ = type(kind.__name__, (LayoutLayerMixin, kind), {"family": self.family})
         self.post_init()  # type: ignore[attr-defined]
 
     def forward(
@@ -138,9 +156,17 @@ class LinearizedModelMixin(MixerInitMixin):
             layout = sequences(tokens, attention_mask, position_ids, fresh=not _has_read(past_key_values))
         if position_ids is None and config.linear_layers:
             position_ids = real_positions(tokens, layout, past_key_values, config.linear_layers[0])
+            if position_ids is None and self.family.explicit_positions:
+                before = 0 if past_key_values is None else past_key_values.get_seq_length()
+                position_ids = torch.arange(before, before + tokens.shape[1], device=tokens.device).unsqueeze(0)
+        _require_positions(self.family.most_positions(config), tokens.shape[1], position_ids, past_key_values)
         if len(config.linear_layers) == config.num_hidden_layers:
             # No layer reads a mask. A 4D one is handed through as it is, so that none of T x T is ever made.
             attention_mask = tokens.new_zeros((1, 1, 1, 1), dtype=torch.bool)
+        elif config.linear_layers and not self.family.packs and layout is not None and bool(layout.real.all()):
+            attention_mask = document_mask(position_ids, tokens.shape[0])  # type: ignore[arg-type]
+            if config._attn_implementation == "eager":  # which adds its mask
+                attention_mask = torch.where(attention_mask, 0.0, torch.finfo(self.dtype).min).to(self.dtype)  # type: ignore[attr-defined]
         out = super().forward(  # type: ignore[misc]
             input_ids=input_ids,
             attention_mask=attention_mask,
@@ -159,6 +185,7 @@ class LinearizedModelMixin(MixerInitMixin):
 class LinearizedCausalLMMixin(MixerInitMixin):
     """Model class, cache and generation of a converted causal LM."""
 
+    family: Family
     model_class: type
     decode_graphs = True
     """Whether `generate` may decode by a CUDA graph; LINEARIZE_CUDA_GRAPHS=0 in the environment forbids it too."""
@@ -168,7 +195,8 @@ class LinearizedCausalLMMixin(MixerInitMixin):
 
     def __init__(self, config: Any) -> None:
         super().__init__(config)  # type: ignore[call-arg]
-        self.model = self.model_class(config)
+        owner, _, leaf = self.family.body.rpartition(".")
+        setattr(attrgetter(owner)(self) if owner else self, leaf, self.model_class(config))
         self.post_init()  # type: ignore[attr-defined]
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
@@ -204,7 +232,10 @@ class LinearizedCausalLMMixin(MixerInitMixin):
             self.decode_graph_reason = why_not(self, cache)
             if self.decode_graph_reason is None:
                 most = cache.get_seq_length() + max(generation_config.max_length - input_ids.shape[1], 0)
+                positions = self.family.most_positions(self.config)  # type: ignore[attr-defined]
                 try:
+                    if positions is not None and most > positions:
+                        raise ValueError(f"the text may grow beyond the {positions} learned positions")
                     cache.freeze(most, model_kwargs.get("attention_mask"))
                 except ValueError as error:
                     self.decode_graph_reason = str(error)
@@ -262,6 +293,13 @@ def real_positions(
     return before + (real.cumsum(1) - 1).clamp_min(0)
 
 
+def _require_positions(most: int | None, length: int, position_ids: torch.Tensor | None, cache: Any) -> None:
+    """Refuse more tokens than there are learned positions: a GPU would only say that an assertion failed somewhere."""
+    columns = length + (0 if cache is None else cache.get_seq_length())
+    if most is not None and columns > most and (position_ids is None or int(position_ids.max()) >= most):
+        raise ValueError(f"the text has more than {most} tokens, and the model has learned no positions beyond them")
+
+
 def set_branches(model: nn.Module, branches: str) -> None:
     """Run all linear layers with `full`, `window`, `linear` or `none` of their branches (for whole sequences)."""
     if branches not in BRANCHES:
@@ -272,7 +310,7 @@ def set_branches(model: nn.Module, branches: str) -> None:
 
 def attention_layers(model: nn.Module) -> list[tuple[int, nn.Module]]:
     """Index and attention module of every linear layer."""
-    return [(m.layer_idx, m) for m in model.modules() if isinstance(getattr(m, "mixer", None), Mixer)]  # type: ignore[misc]
+    return [(m.layer_idx, m) for m in model.modules() if isinstance(getattr(m, "mixer", None), nn.Module)]  # type: ignore[misc]
 
 
 def _mixers(model: nn.Module) -> list[Mixer]:
@@ -292,85 +330,55 @@ def _adopt(cache: Any, config: Any) -> LinearizedCache:
     return LinearizedCache(config)
 
 
-class LinearizedLlamaAttention(LinearAttentionMixin, LlamaAttention):
-    """Llama's attention, linear."""
+class FamilyClasses(NamedTuple):
+    """The converted classes of one family."""
+
+    attention: Any
+    body: Any
+    model: Any
 
 
-class LinearizedMistralAttention(LinearAttentionMixin, MistralAttention):
-    """Mistral's attention, linear."""
+def mixins_of(family: Family) -> tuple[type, type, type]:
+    """What turns a family's attention, body and model into converted ones."""
+    if family.bidirectional:
+        from .encoder_linearized import ENCODER_MIXINS
+
+        return ENCODER_MIXINS
+    return LinearAttentionMixin, LinearizedModelMixin, LinearizedCausalLMMixin
 
 
-class LinearizedQwen2Attention(LinearAttentionMixin, Qwen2Attention):
-    """Qwen2's attention, linear."""
+@cache
+def family_classes(model_type: str) -> FamilyClasses:
+    """The converted classes of a native model type; imports transformers' own of that family.
+
+    Raises:
+        KeyError: a family that is not in the table.
+    """
+    family = FAMILIES[model_type]
+    native = import_module(f"transformers.models.{family.module}.modeling_{family.module}")
+    mixins = mixins_of(family)
+
+    def make(kind: str, mixin: type, parent: str, **own: Any) -> Any:
+        name = f"Linearized{family.name}{kind}"
+        own |= {"family": family, "__module__": __name__, "__doc__": f"{family.name}'s {parent}, with linear layers."}
+        return type(name, (mixin, getattr(native, parent)), own)
+
+    attention = make("Attention", mixins[0], family.attention_class)
+    config: dict[str, Any] = {"config_class": config_class(model_type)}
+    if family.softcap:
+        config["_supports_sdpa"] = False  # transformers' sdpa drops the bound on scores without a word
+    body = make("Model", mixins[1], family.body_class, attention_class=attention, **config)
+    return FamilyClasses(attention, body, make(family.task, mixins[2], family.task_class, model_class=body, **config))
 
 
-class LinearizedQwen3Attention(LinearAttentionMixin, Qwen3Attention):
-    """Qwen3's attention, linear."""
+MODELS = ByFamily(lambda model_type: family_classes(model_type).model)
+"""The converted model of every native model type."""
 
 
-class LinearizedLlamaModel(LinearizedModelMixin, LlamaModel):
-    """Llama's decoder with linear layers."""
-
-    config: LinearizedLlamaConfig
-    attention_class = LinearizedLlamaAttention
-
-
-class LinearizedMistralModel(LinearizedModelMixin, MistralModel):
-    """Mistral's decoder with linear layers."""
-
-    config: LinearizedMistralConfig
-    attention_class = LinearizedMistralAttention
-
-
-class LinearizedQwen2Model(LinearizedModelMixin, Qwen2Model):
-    """Qwen2's decoder with linear layers."""
-
-    config: LinearizedQwen2Config
-    attention_class = LinearizedQwen2Attention
-
-
-class LinearizedQwen3Model(LinearizedModelMixin, Qwen3Model):
-    """Qwen3's decoder with linear layers."""
-
-    config: LinearizedQwen3Config
-    attention_class = LinearizedQwen3Attention
-
-
-class LinearizedLlamaForCausalLM(LinearizedCausalLMMixin, LlamaForCausalLM):
-    """Llama with linear layers, for generation."""
-
-    config: LinearizedLlamaConfig
-    config_class = LinearizedLlamaConfig
-    model_class = LinearizedLlamaModel
-
-
-class LinearizedMistralForCausalLM(LinearizedCausalLMMixin, MistralForCausalLM):
-    """Mistral with linear layers, for generation."""
-
-    config: LinearizedMistralConfig
-    config_class = LinearizedMistralConfig
-    model_class = LinearizedMistralModel
-
-
-class LinearizedQwen2ForCausalLM(LinearizedCausalLMMixin, Qwen2ForCausalLM):
-    """Qwen2 with linear layers, for generation."""
-
-    config: LinearizedQwen2Config
-    config_class = LinearizedQwen2Config
-    model_class = LinearizedQwen2Model
-
-
-class LinearizedQwen3ForCausalLM(LinearizedCausalLMMixin, Qwen3ForCausalLM):
-    """Qwen3 with linear layers, for generation."""
-
-    config: LinearizedQwen3Config
-    config_class = LinearizedQwen3Config
-    model_class = LinearizedQwen3Model
-
-
-MODELS: dict[str, type] = {
-    "llama": LinearizedLlamaForCausalLM,
-    "mistral": LinearizedMistralForCausalLM,
-    "qwen2": LinearizedQwen2ForCausalLM,
-    "qwen3": LinearizedQwen3ForCausalLM,
-}
+def __getattr__(name: str) -> Any:
+    """LinearizedLlamaForCausalLM and the like, by name: where a config's auto_map points, for pickles and imports."""
+    for model_type, family in FAMILIES.items():
+        kind = name.removeprefix(f"Linearized{family.name}")
+        if kind in ("Attention", "Model", family.task) and kind != name:
+            return getattr(family_classes(model_type), {"Attention": "attention", "Model": "body"}.get(kind, "model"))
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -202,6 +202,32 @@ def test_write_json_keeps_the_old_file_at_every_step(tmp_path, monkeypatch):
         assert [p.name for p in tmp_path.iterdir()] == ["report.json"]
 
 
+def test_write_new_never_overwrites_even_without_hard_links(tmp_path, monkeypatch):
+    path = tmp_path / "my.yaml"
+    for links in (True, False):
+        if not links:
+            monkeypatch.setattr(os, "link", lambda *paths: (_ for _ in ()).throw(OSError(errno.EPERM, "no links")))
+        atomic.write_new(path, b"mine")
+        with pytest.raises(FileExistsError):
+            atomic.write_new(path, b"other")
+        assert path.read_bytes() == b"mine" and [p.name for p in tmp_path.iterdir()] == ["my.yaml"]
+        path.unlink()
+
+
+def test_a_file_is_not_written_through_a_link_that_somebody_put_there(tmp_path):
+    (tmp_path / "theirs").write_text("keep me")
+    (tmp_path / f".x.json.tmp-{os.getpid()}").symlink_to(tmp_path / "theirs")
+    atomic.write_json(tmp_path / "x.json", {"mark": "new"})
+    assert (tmp_path / "theirs").read_text() == "keep me"
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["theirs", "x.json"]
+
+
+def test_leftovers_of_killed_writers_of_one_file_go_with_the_next(tmp_path):
+    (tmp_path / ".x.json.tmp-999999999").write_text("half")
+    atomic.write_json(tmp_path / "x.json", {})
+    assert [p.name for p in tmp_path.iterdir()] == ["x.json"]
+
+
 def test_write_json_refuses_nan(tmp_path):
     with pytest.raises(ValueError):
         atomic.write_json(tmp_path / "x.json", {"loss": float("nan")})
@@ -270,3 +296,13 @@ def test_parent_that_is_a_file(tmp_path):
     (tmp_path / "file").write_text("")
     with pytest.raises(UsageError, match="cannot create"):
         write(tmp_path / "file" / "sub" / "out", b"new")
+
+
+def test_a_device_or_a_pipe_is_never_replaced(tmp_path: Path) -> None:
+    """A rename onto /dev/null, by root, would take it from everybody."""
+    pipe = tmp_path / "pipe"
+    os.mkfifo(pipe)
+    for write in (atomic.write_bytes, atomic.write_new):
+        with pytest.raises(RefusedError, match="no ordinary file"):
+            write(pipe, b"x")
+    assert pipe.is_fifo() and list(tmp_path.iterdir()) == [pipe]

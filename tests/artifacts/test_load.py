@@ -113,8 +113,8 @@ def test_model_type_that_needs_code(folder, tmp_path):
 
 
 def test_a_family_with_other_names_for_its_sizes_is_refused_as_a_family(folder):
-    (folder / "config.json").write_text('{"model_type": "gpt2", "n_layer": 2, "n_embd": 32, "n_head": 4}')
-    with pytest.raises(UsageError, match=r"the family 'gpt2' is not supported\. Supported families: llama,"):
+    (folder / "config.json").write_text('{"model_type": "bloom", "n_layer": 2, "hidden_size": 32, "n_head": 4}')
+    with pytest.raises(UsageError, match=r"the family 'bloom' is not supported\. Supported families: llama,"):
         load_model(folder, device="cpu")
 
 
@@ -342,16 +342,18 @@ def test_hub_id(monkeypatch, teacher):
 
     asked = {}
 
-    def download(repo, *, allow_patterns):
-        asked.update(repo=repo, patterns=allow_patterns)
+    def download(repo, *, revision, allow_patterns, ignore_patterns):
+        asked.update(repo=repo, revision=revision, patterns=allow_patterns, never=ignore_patterns)
         return str(teacher)
 
     monkeypatch.setattr(huggingface_hub, "snapshot_download", download)
     assert resolve("owner/some-model.v1") == teacher
     assert asked["repo"] == "owner/some-model.v1"
-    assert not [p for p in asked["patterns"] if p.endswith((".py", ".bin", "*", ".pt"))]
+    assert not [p for p in asked["patterns"] if p.endswith((".py", ".bin", ".pt"))]
+    assert {"*.py", "*.bin", "*.pt", "*.pkl", "*/*"} <= set(asked["never"]) and asked["revision"] is None
+    assert resolve("owner/some-model.v1@refs/pr/1") == teacher and asked["revision"] == "refs/pr/1"
 
-    def fail(repo, *, allow_patterns):
+    def fail(repo, **patterns):
         raise OSError("404 Client Error.\nRepository Not Found")
 
     monkeypatch.setattr(huggingface_hub, "snapshot_download", fail)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
 
 import pytest
@@ -94,3 +95,26 @@ def test_links_are_no_part_of_an_artifact(artifact):
 def test_missing_manifest_is_a_usage_error(tmp_path):
     with pytest.raises(UsageError, match=r"linearize\.json cannot be read"):
         read_manifest(tmp_path)
+
+
+def test_what_a_killed_writer_left_is_no_part_of_the_artifact(artifact):
+    (artifact / f".{MANIFEST}.tmp-999999999").write_text("half")
+    assert set(write_manifest(artifact, {})["files"]) == {"model.safetensors", "sub/modeling.py"}
+
+
+def test_links_pipes_and_endless_names_in_place_of_files(artifact, tmp_path):
+    data = (artifact / "model.safetensors").read_bytes()
+    (tmp_path / "elsewhere").write_bytes(data)
+    (artifact / "model.safetensors").unlink()
+    (artifact / "model.safetensors").symlink_to(tmp_path / "elsewhere")
+    assert "is a link that leaves its folder" in verify_manifest(artifact)[0]
+    (artifact / "model.safetensors").unlink()
+    os.mkfifo(artifact / "model.safetensors")
+    assert "model.safetensors is missing" in verify_manifest(artifact)[0]
+    manifest = read_manifest(artifact)
+    manifest["files"]["x" * 5000] = {"sha256": "0" * 64, "size": 1}
+    (artifact / MANIFEST).write_text(json.dumps(manifest))
+    assert any("outside its folder" in problem for problem in verify_manifest(artifact))
+    (artifact / MANIFEST).unlink()
+    os.mkfifo(artifact / MANIFEST)
+    assert "linearize.json is not a file" in verify_manifest(artifact)[0]

@@ -17,8 +17,8 @@ import torch
 
 import linearize
 from benchmarks import pretrain_demo
-from benchmarks.pretrain_teacher import SIZES, bos_before, build_model, fit_steps, main, make_optimizers
-from linearize.convert.families import FAMILIES, check_fit
+from benchmarks.pretrain_teacher import FAMILIES, SIZES, bos_before, build_model, fit_steps, main, make_optimizers
+from linearize.convert.families import check_fit
 from linearize.recipe import load_recipe
 
 CONTEXT = 160

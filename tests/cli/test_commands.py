@@ -139,8 +139,13 @@ def library(monkeypatch: pytest.MonkeyPatch) -> dict[str, Any]:
             setattr(fake, function, stand_in(name))
         monkeypatch.setitem(sys.modules, module, fake)
     import linearize.api
+    import linearize.artifacts.kind
+    import linearize.artifacts.load
     import linearize.convert.early
 
+    # There is no model `m` to look at: it counts as a causal one.
+    monkeypatch.setattr(linearize.artifacts.load, "resolve", lambda model: Path(model))
+    monkeypatch.setattr(linearize.artifacts.kind, "is_masked", lambda model: False)
     monkeypatch.setattr(linearize.convert.early, "refuse_early", lambda *args, **kwargs: None)
     monkeypatch.setattr(linearize.api, "generate", stand_in("generate"))
     results["generate"] = {
@@ -447,11 +452,11 @@ def test_doctor_says_what_is_wrong(capsys: pytest.CaptureFixture, monkeypatch: p
 
     bad = {"recipe": "x", "device": "cpu", "difference": 1.0, "passed": False, "seconds": 0.1}
     monkeypatch.setattr(doctor, "_self_test", lambda name: {**bad, "recipe": name})
-    monkeypatch.setattr(doctor, "_device", lambda: {"cuda": None})
+    monkeypatch.setattr(doctor, "_device", lambda: {"cuda": None, "gpus": []})
     assert main(["doctor", "--json"]) == 4
     out, err = capsys.readouterr()
     assert len(json.loads(out)["problems"]) == 4 and "lolcats" in err
-    monkeypatch.setattr(doctor, "_version", lambda name: None if name == "peft" else "1")
+    monkeypatch.setattr(doctor, "version", lambda name: None if name == "peft" else "1")
     assert main(["doctor"]) == 4
     assert "peft is not installed" in capsys.readouterr().err
 

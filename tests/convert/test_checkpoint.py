@@ -19,10 +19,10 @@ from linearize.convert.checkpoint import (
     pack_state,
     record,
     save,
-    unpack_state,
     write_record,
 )
 from linearize.convert.early import require_no_run, require_out, run_folder
+from linearize.convert.restore import settled, unpack_state
 from linearize.errors import RefusedError
 
 
@@ -82,12 +82,31 @@ def test_damaged_checkpoints_are_passed_over(tmp_path: Path) -> None:
     with pytest.raises(Stop), open_run(tmp_path / "out") as run:
         assert start_of(run) == 2
         assert not list(run.path.glob(".*tmp*"))
+        assert not newest.exists()  # or it would count as the newest when old ones are dropped
         raise Stop
     (older / "manifest.json").unlink()
+    with pytest.raises(RefusedError, match=f"{older.name}: is damaged"), open_run(tmp_path / "out") as run:
+        start_of(run)
+    assert older.exists()
+
+
+def test_a_record_that_does_not_fit_is_refused_by_name(tmp_path: Path) -> None:
     with pytest.raises(Stop), open_run(tmp_path / "out") as run:
-        assert start_of(run) is None
+        for micro, kept in (({"finetune": 2}, []), ({"align": 1, "finetune": 2}, [0, 3]), (None, None)):
+            write_record(run, {"micro": micro, "kept": kept})
+            assert settled(run, ["finetune"]) == (micro, kept)  # a stage that is skipped has no micro-batch
+        for micro, kept in (
+            ({}, []),
+            ({"align": 1}, []),
+            ({"finetune": 0}, []),
+            ({"finetune": True}, []),
+            (7, []),
+            (None, [-1]),
+        ):
+            write_record(run, {"micro": micro, "kept": kept})
+            with pytest.raises(RefusedError, match=r"run\.json: is no checkpoint of this run \((micro|kept)\)"):
+                settled(run, ["finetune"])
         raise Stop
-    assert not run_folder(tmp_path / "out").exists()
 
 
 def test_two_converts_into_one_folder(tmp_path: Path) -> None:

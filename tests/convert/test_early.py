@@ -29,7 +29,7 @@ assert not heavy, heavy
         ("nosuchmodel", "out", "demo", "2 there is no model 'nosuchmodel'"),
         ("demo", "out", "absent.txt", "2 absent.txt: no such file or folder"),
         ("demo", "full", "demo", "3 "),
-        ("gpt", "out", "demo", "2 the family 'gpt2' cannot be converted"),
+        ("t5", "out", "demo", "2 the family 't5' cannot be converted"),
     ],
 )
 def test_nothing_heavy_is_imported_to_refuse(
@@ -37,8 +37,8 @@ def test_nothing_heavy_is_imported_to_refuse(
 ) -> None:
     (tmp_path / "full").mkdir()
     (tmp_path / "full" / "file").write_text("")
-    (tmp_path / "gpt").mkdir()
-    (tmp_path / "gpt" / "config.json").write_text('{"model_type": "gpt2"}')
+    (tmp_path / "t5").mkdir()
+    (tmp_path / "t5" / "config.json").write_text('{"model_type": "t5"}')
     command = [sys.executable, "-c", CODE, model, out, data]
     done = subprocess.run(command, env=source_env, cwd=tmp_path, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr

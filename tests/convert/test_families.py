@@ -2,17 +2,32 @@
 
 from __future__ import annotations
 
+import json
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
-from transformers import AutoConfig, GPT2Config, LlamaConfig
+import torch
+from transformers import AutoConfig, BloomConfig, LlamaConfig
 
-from linearize.artifacts.config_reader import SUPPORTED
-from linearize.convert.families import FAMILIES, check_fit, family_of
+import linearize.modeling.configuration_linearized as configurations
+import linearize.modeling.modeling_linearized as models
+from linearize.artifacts.config_reader import SUPPORTED, build_config
+from linearize.artifacts.load import load_model
+from linearize.convert.families import check_fit, family_of, module_paths
+from linearize.convert.lora import target_modules
+from linearize.convert.plan import make_plan
+from linearize.convert.surgery import linearize_model, trained_names
 from linearize.errors import UsageError
 from linearize.modeling.configuration_linearized import CONFIGS, linearized_config
+from linearize.modeling.family_table import FAMILIES, PROJECTIONS, TASKS
 from linearize.modeling.mixer_spec import MixerSpec
 from linearize.modeling.modeling_linearized import MODELS
+from linearize.recipe import load_recipe
+from tests.modeling.families import DECODERS, SIZES, UNGROUPED, teacher, teacher_config
 
 SPEC = MixerSpec(window=8)
 
@@ -21,23 +36,81 @@ def fit(config: Any, context: int | None = 64, spec: MixerSpec = SPEC) -> list[s
     return check_fit(config, spec=spec, linear_layers=range(config.num_hidden_layers), context=context)
 
 
+# --------------------------------------------------------------------------------------------------------- the table
+
+
 def test_every_family_has_its_classes() -> None:
-    assert set(FAMILIES) == set(SUPPORTED) == set(CONFIGS) == set(MODELS) == {"llama", "mistral", "qwen2", "qwen3"}
+    assert set(FAMILIES) == set(SUPPORTED) == set(CONFIGS) == set(MODELS)
+    assert {"llama", "gemma3_text", "qwen3_moe"} < set(DECODERS)
     for kind, family in FAMILIES.items():
-        assert MODELS[kind].__name__ == f"Linearized{family.name}ForCausalLM"
+        for registry, module, ending in ((CONFIGS, configurations, "Config"), (MODELS, models, family.task)):
+            name = f"Linearized{family.name}{ending}"
+            assert registry[kind].__name__ == name and getattr(module, name) is registry[kind]
+            assert registry[kind].__module__ == module.__name__
+        assert MODELS[kind].config_class is CONFIGS[kind] and family.task in TASKS
+    assert models.LinearizedLlamaAttention.family is FAMILIES["llama"]  # type: ignore[attr-defined]
+    for module in (configurations, models):
+        with pytest.raises(AttributeError, match="LinearizedLamaConfig"):
+            module.LinearizedLamaConfig  # noqa: B018
+    assert "lama" not in CONFIGS
+    with pytest.raises(KeyError):
+        MODELS["lama"]
+
+
+@pytest.mark.parametrize("kind", DECODERS)
+def test_parts_lie_where_the_table_says(kind: str) -> None:
+    family, model = FAMILIES[kind], teacher(kind)
+    names = [name for name, _ in model.named_parameters()]
+    for layer in range(3):
+        assert family.attention_of(model, layer) is model.get_submodule(family.attention_path(layer))
+        for projection in PROJECTIONS:
+            model.get_submodule(f"{family.layer_path(layer)}.{family.projections[projection]}")
+        inside = [name for name in names if name.startswith(f"{family.layer_path(layer)}.")]
+        assert inside and {family.layer_index(name) for name in inside} == {layer}
+    assert model.get_input_embeddings() is family.body_of(model).get_submodule(family.embedding)
+    assert model.get_output_embeddings() is model.get_submodule(family.head)
+    assert family.layer_index("lm_head.weight") is None
+
+
+def test_other_families_are_not_imported() -> None:
+    """Nor is any family before it is used, by `import linearize` and the Auto classes."""
+    code = (
+        "import sys, linearize; from transformers import AutoConfig, AutoModelForCausalLM; "
+        "config = AutoConfig.for_model('linearized_qwen3', num_hidden_layers=2, vocab_size=32, hidden_size=32, "
+        "intermediate_size=32, num_attention_heads=2, num_key_value_heads=1, head_dim=16); "
+        "model = AutoModelForCausalLM.from_config(config); "
+        "assert type(model).__name__ == 'LinearizedQwen3ForCausalLM'; "
+        "print(*(m.rpartition('.')[2] for m in sys.modules if m.startswith('transformers.models.') "
+        "and '.modeling_' in m and '.auto.' not in m))"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.split() == ["modeling_qwen3"]
+
+
+# ---------------------------------------------------------------------------------------------------------- refusals
 
 
 def test_an_unsupported_family_is_named_with_the_supported_ones() -> None:
-    with pytest.raises(UsageError, match=r"'gpt2'.*llama, mistral, qwen2, qwen3"):
-        family_of(GPT2Config())
+    with pytest.raises(UsageError, match=r"'bloom'.*llama, mistral, qwen2, qwen3.*gemma2"):
+        family_of(BloomConfig())
     with pytest.raises(UsageError, match="SequenceClassification"):
         family_of(LlamaConfig(architectures=["LlamaForSequenceClassification"]))
+    with pytest.raises(UsageError, match=r"'gemma3' reads images too.*gemma3_text"):
+        family_of(AutoConfig.for_model("gemma3"))
 
 
 def test_a_converted_model_is_not_converted_again() -> None:
     config = linearized_config(LlamaConfig(num_hidden_layers=2), layer_mixers=["linear", "softmax"], spec=SPEC)
     with pytest.raises(UsageError, match="already linearized"):
         family_of(config)
+
+
+@pytest.mark.parametrize("kind", ["gemma2", "gemma3_text"])
+def test_a_decoder_that_sees_later_tokens_is_refused(kind: str) -> None:
+    with pytest.raises(UsageError, match=r"use_bidirectional_attention is True: .*past tokens only"):
+        family_of(teacher_config(kind, use_bidirectional_attention=True))
+    assert family_of(teacher_config(kind)) is FAMILIES[kind]
 
 
 @pytest.mark.parametrize("kind", ["dynamic", "longrope"])
@@ -47,6 +120,20 @@ def test_rope_that_depends_on_the_length_is_refused(kind: str) -> None:
     with pytest.raises(UsageError, match=rf"'{kind}'.*default, linear, llama3, yarn"):
         fit(config)
     assert "every layer stays softmax" in check_fit(config, spec=SPEC, linear_layers=[], context=64)[0]
+
+
+def test_rope_is_judged_layer_by_layer() -> None:
+    """Gemma 3 has one RoPE for each kind of layer; SmolLM3 leaves some layers without."""
+    gemma = teacher_config("gemma3_text")
+    gemma.rope_parameters["full_attention"] = {"rope_type": "dynamic", "rope_theta": 1e4, "factor": 2.0}
+    with pytest.raises(UsageError, match="'dynamic'"):
+        fit(gemma)
+    check_fit(gemma, spec=SPEC, linear_layers=[0, 2], context=64)
+    smol = teacher_config("smollm3")
+    smol.rope_parameters = {"rope_type": "dynamic", "rope_theta": 1e4, "factor": 2.0}
+    with pytest.raises(UsageError, match="'dynamic'"):
+        fit(smol)
+    check_fit(smol, spec=SPEC, linear_layers=[1], context=64)
 
 
 def test_windows() -> None:
@@ -61,6 +148,8 @@ def test_windows() -> None:
     with pytest.raises(UsageError, match="layer 1: "):
         fit(qwen)
     assert check_fit(qwen, spec=SPEC, linear_layers=[0], context=64) == []
+    assert [FAMILIES["gemma2"].window_of(teacher_config("gemma2"), i) for i in range(3)] == [160, None, 160]
+    assert FAMILIES["qwen3_moe"].window_of(teacher_config("qwen3_moe", use_sliding_window=False), 0) is None
 
 
 def test_contexts() -> None:
@@ -70,3 +159,141 @@ def test_contexts() -> None:
     with pytest.raises(UsageError, match=r"context 16 .*never be used"):
         fit(config, 16)
     assert fit(config, 17) == fit(config, None) == []
+
+
+# ------------------------------------------------------------------------------------------- what recipes can name
+
+
+def student_of(kind: str) -> Any:
+    return linearize_model(teacher(kind), spec=SPEC, layer_mixers=["linear"] * 3, seed=0)[0]
+
+
+def test_a_fused_projection_is_trained_as_one_or_not_at_all() -> None:
+    student = student_of("phi3")
+    every = ["q_proj", "k_proj", "v_proj", "o_proj"]
+    path = "model.layers.1.self_attn.qkv_proj"
+    assert trained_names(student, every[:3], [1]) == trained_names(student, ["qkv_proj"], [1]) == [f"{path}.weight"]
+    assert [n for n in target_modules(student, every) if "layers.1." in n] == ["model.layers.1.self_attn.o_proj", path]
+    assert len(target_modules(student, ["qkv_proj"])) == 3
+    with pytest.raises(
+        UsageError,
+        match=r"align\.train: q_proj cannot be trained without k_proj and v_proj.*phi3.*qkv_proj.*Name q_proj",
+    ):
+        trained_names(student, ["mixer", "q_proj"], key="align.train")
+    with pytest.raises(UsageError, match=r"targets: k_proj cannot be trained without q_proj.*one projection, qkv_proj"):
+        target_modules(student, ["k_proj", "v_proj", "o_proj"])
+    with pytest.raises(UsageError, match=r"gate_proj cannot be trained without up_proj.*gate_up_proj"):
+        target_modules(student, ["gate_proj"])
+    assert module_paths(FAMILIES["llama"], ["q_proj", "mixer"], key="x") == ["self_attn.q_proj", "mixer"]
+
+
+@pytest.fixture
+def plan(tmp_path: Path) -> Callable[..., dict[str, Any]]:
+    """plan(kind, *overrides): what a conversion of its small teacher would do."""
+
+    def make(kind: str, *overrides: str) -> dict[str, Any]:
+        if not (tmp_path / kind).exists():
+            teacher(kind).save_pretrained(tmp_path / kind)
+        quick = ["context=128", "mixer.window=16", "mixer.feature_dim=8", *overrides]
+        return make_plan(tmp_path / kind, recipe=load_recipe("lolcats", quick))
+
+    return make
+
+
+def test_plans_refuse_before_any_work(plan: Callable[..., dict[str, Any]]) -> None:
+    assert plan("phi3")["trained"]["finetune"] > 0
+    with pytest.raises(UsageError, match=r"align\.train: q_proj cannot"):
+        plan("phi3", "align.train=[mixer,q_proj]")
+    with pytest.raises(UsageError, match=r"finetune\.full: v_proj cannot"):
+        plan("phi3", "finetune.lora=null", "finetune.full=[v_proj]")
+    attention = "finetune.lora.targets=[q_proj,k_proj,v_proj,o_proj]"
+    with pytest.raises(UsageError, match=r"no module 'gate_proj'; only attention is converted: the experts") as refused:
+        plan("mixtral", "finetune.lora.targets=[q_proj,o_proj,gate_proj]")
+    assert "write finetune.lora.targets=[q_proj,o_proj]" in str(refused.value)
+    with pytest.raises(UsageError, match=r"experts .* as they are. It has k_proj, lm_head, .*or finetune\.lora=null"):
+        plan("mixtral", "finetune.lora.targets=[gate_proj,up_proj,down_proj]")
+    assert plan("mixtral", "finetune.lora=null", "finetune.full=[mixer,q_proj]")["trained"]["finetune"] > 0
+    rows = plan("mixtral", attention)
+    assert rows["notes"][0].startswith("only attention is converted") and rows["trained"]["finetune"] > 0
+
+
+def test_experts_stay_as_they_are(plan: Callable[..., dict[str, Any]]) -> None:
+    for kind in ("mixtral", "qwen3_moe"):
+        student = student_of(kind)
+        names = trained_names(student, ["mixer", *PROJECTIONS])
+        assert names and not any("mlp" in name or "gate.weight" in name for name in names if ".mixer." not in name)
+        assert not any("expert" in name for name in target_modules(student, ["q_proj"]))
+
+
+# ------------------------------------------------------------------------------------------------ bounds on scores
+
+
+def test_an_implementation_that_drops_the_bound_is_not_used(tmp_path: Path) -> None:
+    """Transformers' sdpa computes Gemma 2 without its bound, in silence."""
+    from transformers import AutoModelForCausalLM
+
+    import linearize.modeling
+
+    linearize.modeling.register()
+    native = teacher("gemma2")
+    student, _ = linearize_model(native, spec=SPEC, layer_mixers=["linear", "softmax", "linear"], seed=0)
+    assert native.config._attn_implementation == student.config._attn_implementation == "eager"
+    for name, model in (("teacher", native), ("student", student)):
+        model.save_pretrained(tmp_path / name)
+        assert load_model(tmp_path / name, device="cpu").config._attn_implementation == "eager"
+    loaded = AutoModelForCausalLM.from_pretrained(tmp_path / "student")
+    x = torch.arange(3, 60)[None]
+    with torch.no_grad():
+        assert torch.equal(loaded(x).logits, student(x).logits)
+    with pytest.raises(ValueError, match="scaled_dot_product_attention"):
+        AutoModelForCausalLM.from_pretrained(tmp_path / "student", attn_implementation="sdpa")
+    student.model.layers[0].self_attn.mixer.backend = "triton"
+    with pytest.raises(ValueError, match="bound on attention scores has no kernel"), torch.no_grad():
+        student(x)
+
+
+def test_sizes_of_every_family_are_bounded(tmp_path: Path) -> None:
+    """By the names that the family gives them."""
+    for kind, key in (("qwen3_moe", "num_local_experts"), ("gpt2", "n_layer"), ("gemma2", "num_hidden_layers")):
+        config = json.loads(json.dumps(teacher_config(kind).to_dict()))
+        (tmp_path / "config.json").write_text(json.dumps(config))
+        assert build_config(tmp_path).to_dict()[key] == config[key]
+        for bad in (10**9, -1, "3"):
+            (tmp_path / "config.json").write_text(json.dumps(config | {key: bad}))
+            with pytest.raises(UsageError, match=key):
+                build_config(tmp_path)
+
+
+PUBLISHED: dict[str, dict[str, Any]] = {
+    "gemma2": {"head_dim": 16, "rope_theta": 1e4, "sliding_window": 64, "cache_implementation": "hybrid"},
+    "gemma3_text": {
+        "head_dim": 16, "rope_theta": 1e6, "rope_local_base_freq": 1e4, "sliding_window": 64, "rope_scaling": None,
+        "sliding_window_pattern": 2,
+    },
+    "phi3": {"rope_theta": 1e4, "rope_scaling": None, "partial_rotary_factor": 0.5, "sliding_window": 2047},
+    "olmo3": {"rope_theta": 5e5, "rope_scaling": {"rope_type": "linear", "factor": 2.0}, "sliding_window": 64},
+    "smollm3": {"rope_theta": 5e6, "no_rope_layers": [1, 1, 0], "use_sliding_window": False, "sliding_window": None},
+    "granite": {"rope_theta": 1e4, "logits_scaling": 8.0, "attention_multiplier": 0.0078125},
+    "stablelm": {"rope_theta": 1e4, "partial_rotary_factor": 0.25, "qk_layernorm": True},
+    "gpt_neox": {"rotary_pct": 0.5, "rotary_emb_base": 20000},
+    "mixtral": {"rope_theta": 1e6, "num_local_experts": 8, "sliding_window": None},
+    "qwen3_moe": {"rope_theta": 1e6, "num_experts": 8, "moe_intermediate_size": 16, "head_dim": 16},
+}  # fmt: skip
+"""Keys as published checkpoints have them, some from before transformers 5."""
+
+
+@pytest.mark.parametrize("kind", PUBLISHED)
+def test_the_reader_of_configs_loses_nothing_that_counts(kind: str, tmp_path: Path) -> None:
+    """What is read through the allow-list is what transformers makes of the same file, and a student keeps it."""
+    sizes = {key: value for key, value in SIZES.items() if kind not in UNGROUPED or key != "num_key_value_heads"}
+    raw = {"model_type": kind, **sizes, **PUBLISHED[kind]}
+    (tmp_path / "config.json").write_text(json.dumps(raw))
+    ours, theirs = build_config(tmp_path), AutoConfig.from_pretrained(tmp_path)
+    ignored = {"cache_implementation", *(key for key in theirs.to_dict() if key.startswith("_"))}
+    kept = {key: value for key, value in theirs.to_dict().items() if key not in ignored}
+    assert {key: ours.to_dict().get(key) for key in kept} == kept
+    student = linearized_config(ours, layer_mixers=["linear"] * 3, spec=SPEC).to_dict()
+    changed = {"model_type", "architectures", "transformers_version"}
+    assert {key: student[key] for key in kept if key not in changed} == {
+        key: value for key, value in kept.items() if key not in changed
+    }

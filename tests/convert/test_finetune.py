@@ -14,14 +14,12 @@ from linearize.convert import finetune as module
 from linearize.convert.checkpoint import open_run
 from linearize.convert.export import merge
 from linearize.convert.finetune import (
-    IGNORE,
     backward_losses,
     branches,
     finetune_model,
     kept_names,
     mean_loss,
     prepare,
-    shifted_labels,
     token_losses,
     training_mode,
     window_hidden,
@@ -30,7 +28,9 @@ from linearize.convert.lora import extract, inject, merged_weight, target_module
 from linearize.convert.optim import trainable
 from linearize.convert.stages import StageState, stage_shape
 from linearize.convert.surgery import linearize_model, mixer_plan
+from linearize.convert.task import shifted_labels
 from linearize.errors import UsageError, VerificationError
+from linearize.masking import IGNORE
 from linearize.modeling.mixer import Mixer
 from linearize.modeling.mixer_spec import MixerSpec
 from linearize.progress import NullProgress

@@ -10,7 +10,8 @@ import torch
 from torch import nn
 
 from linearize.convert import finetune as module
-from linearize.convert.finetune import backward_losses, shifted_labels
+from linearize.convert.finetune import backward_losses
+from linearize.convert.task import shifted_labels
 from linearize_kernels.backend import HAS_TRITON, VARIABLE, interpreting
 
 pytestmark = pytest.mark.skipif(not HAS_TRITON or not interpreting(), reason="needs Triton's interpreter")
@@ -24,6 +25,10 @@ class Model(nn.Module):
         super().__init__()
         self.table = nn.Embedding(40, width)
         self.lm_head = nn.Linear(width, 40, bias=bias)
+        self.config = SimpleNamespace(model_type="llama")
+
+    def get_output_embeddings(self) -> nn.Module:
+        return self.lm_head
 
     def model(self, input_ids: torch.Tensor, use_cache: bool) -> Any:
         return SimpleNamespace(last_hidden_state=self.table(input_ids))

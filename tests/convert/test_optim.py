@@ -56,14 +56,14 @@ def test_muon_takes_projections_and_adamw_the_rest() -> None:
 
     torch.manual_seed(0)
     block = Block()
-    named = {f"layers.0.{name}": p for name, p in block.named_parameters()}
+    named = {f"layers.0.{name}".replace("gate", "mixer.gate"): p for name, p in block.named_parameters()}
     optimizer = make_optimizer("muon", [(named, 0.1)], weight_decay=0.0)
     before = {name: p.detach().clone() for name, p in named.items()}
     (block.q_proj(torch.randn(8, 6)).square().sum() + block.gate(torch.randn(8, 6)).square().sum()).backward()
     optimizer.step()
     matrix = named["layers.0.q_proj.weight"]
     assert set(optimizer.state[matrix]) == {"momentum_buffer"}
-    assert {"exp_avg", "step"} <= set(optimizer.state[named["layers.0.gate.weight"]])
+    assert {"exp_avg", "step"} <= set(optimizer.state[named["layers.0.mixer.gate.weight"]])
     assert {"exp_avg", "step"} <= set(optimizer.state[named["layers.0.q_proj.bias"]])
     moved = torch.linalg.svdvals((matrix - before["layers.0.q_proj.weight"]).detach())
     assert moved.min() > 0.3 * moved.max()  # orthogonalised: no direction is left behind

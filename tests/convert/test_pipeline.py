@@ -87,7 +87,8 @@ def test_a_short_conversion(
     for path in out.iterdir():
         assert str(tmp_path).encode() not in path.read_bytes(), path.name
     card = (out / "README.md").read_text()
-    assert card.startswith('---\nbase_model: "teacher"\nlibrary_name: transformers\npipeline_tag: text-generation\n')
+    front = "---\nlibrary_name: transformers\nlicense: other\nlicense_name: base-model-licence\nlicense_link: LICENSE\n"
+    assert card.startswith(front) and "`teacher`, not from the Hub" in card
     digest = manifest["data"]["sha256"][:12]
     assert f"`text.txt`, sha256 `{digest}..." in card and "the last 16 to 32 tokens (blocks of 16), no sinks" in card
     assert card.count('from_pretrained("out"') == 4 and "audit out --against" in card and "FOLDER" not in card

@@ -6,6 +6,7 @@ import gzip
 import hashlib
 import json
 import lzma
+import random
 import subprocess
 import sys
 import types
@@ -109,7 +110,7 @@ FAULTS = {
     "gz that is not": ("a.txt.gz", b"plain", r"a\.txt\.gz: cannot be read"),
     "cut gz": ("a.txt.gz", gzip.compress(b"text " * 99)[:-9], r"a\.txt\.gz: cannot be read"),
     "cut xz": ("a.jsonl.xz", lzma.compress(jsonl(["x"] * 99))[:-20], r"a\.jsonl\.xz: cannot be read"),
-    "format": ("a.parquet", b"PAR1", "not a format of text that is read here.*Readable: .jsonl"),
+    "format": ("a.docx", b"PK", "not a format of text that is read here.*Readable: .jsonl"),
 }  # fmt: skip
 
 
@@ -135,18 +136,25 @@ def test_missing_places(tmp_path: Path) -> None:
         load_texts("demo", split="test")
 
 
+class Rows(list):
+    """What `datasets` streams, as far as it is used: rows, and shuffled ones."""
+
+    def shuffle(self, *, seed: int, buffer_size: int) -> Rows:
+        return Rows(random.Random(seed).sample(self, len(self)))
+
+
 def fake_datasets(
     monkeypatch: pytest.MonkeyPatch, parts: dict[str, list[dict[str, object]]]
 ) -> list[tuple[object, ...]]:
     calls: list[tuple[object, ...]] = []
     module = types.ModuleType("datasets")
 
-    def load_dataset(name: str, config: str | None, *, split: str, streaming: bool) -> list[dict[str, object]]:
-        calls.append((name, config, split, streaming))
-        return parts[split]
+    def load_dataset(name: str, config: str | None, *, split: str, streaming: bool, **at: str) -> Rows:
+        calls.append((name, config, split, streaming, *at.items()))
+        return Rows(parts[split])
 
     module.load_dataset = load_dataset  # type: ignore[attr-defined]
-    module.get_dataset_split_names = lambda name, config: list(parts)  # type: ignore[attr-defined]
+    module.get_dataset_split_names = lambda name, config, **at: list(parts)  # type: ignore[attr-defined]
     monkeypatch.setitem(sys.modules, "datasets", module)
     return calls
 
@@ -159,10 +167,30 @@ def test_hub_streams_the_split_that_is_asked_for(monkeypatch: pytest.MonkeyPatch
     assert calls == [("owner/name", "raw", "train", True), ("owner/name", None, "test", True)]
 
 
+def test_hub_options(monkeypatch: pytest.MonkeyPatch) -> None:
+    rows: list[dict[str, object]] = [{"id": i, "body": None if i == 1 else f"d{i}"} for i in range(50)]
+    calls = fake_datasets(monkeypatch, {"train": [{"text": "no"}], "extra": rows})
+    whole = [f"d{i}" for i in range(50) if i != 1]
+    assert load_texts("owner/name:split=extra:revision=abc") == whole, (
+        "the only column of strings; empty cells are none"
+    )
+    assert calls == [("owner/name", None, "extra", True, ("revision", "abc"))]
+    # A split that is named is that split, whatever part a command would take by itself.
+    assert load_texts("owner/name:split=extra", split="heldout") == whole
+    mixed = load_texts("owner/name:split=extra:shuffle=3")
+    assert sorted(mixed) == sorted(whole) and mixed != whole
+    assert mixed == load_texts("owner/name:split=extra:shuffle=3") != load_texts("owner/name:split=extra:shuffle=4")
+
+
 def test_hub_faults_are_one_line(monkeypatch: pytest.MonkeyPatch) -> None:
-    fake_datasets(monkeypatch, {"train": [{"content": "a"}]})
-    with pytest.raises(UsageError, match="owner/name, row 0: the field 'text' is missing; fields there: content"):
+    fake_datasets(monkeypatch, {"train": [{"title": "a", "body": "b"}]})
+    missing = "owner/name, row 0: the field 'text' is missing; fields there: title, body. Add :column=NAME"
+    with pytest.raises(UsageError, match=missing):
         load_texts("owner/name")
+    with pytest.raises(UsageError, match=r"no column 'bodi'; there is title, body\. Did you mean 'body'"):
+        load_texts("owner/name:column=bodi")
+    with pytest.raises(UsageError, match=r"no split trian; it has train\. Did you mean 'train'"):
+        load_texts("owner/name:split=trian")
     with pytest.raises(UsageError, match="no split validation or test; it has train"):
         load_texts("owner/name", split="heldout")
     monkeypatch.setitem(sys.modules, "datasets", None)

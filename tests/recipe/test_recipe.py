@@ -29,6 +29,7 @@ SHIPPED = [
     "based",
     "gated-deltanet",
     "hedgehog",
+    "hedgehog-encoder",
     "hybrid",
     "liger-gla",
     "liger-hgrn2",
@@ -84,6 +85,7 @@ def test_the_papers_mixers() -> None:
     """The points of mixer space that the recipes' names promise."""
     expected = {
         "hedgehog": {"feature_map": "hedgehog_exp", "normaliser": "own", "window": 0},
+        "hedgehog-encoder": {"feature_map": "hedgehog_exp", "normaliser": "own", "window": 0, "decay": "none"},
         "t2r": {"feature_map": "relu", "normaliser": "own", "window": 0},
         "lolcats": {"feature_map": "hedgehog_softmax", "normaliser": "shared", "window": 64, "mix": "shared"},
         "lolcats-hybrid": {"feature_map": "hedgehog_softmax", "normaliser": "shared", "window": 64},
