@@ -35,7 +35,7 @@ def hub_records(
     except ImportError as error:
         raise UsageError(
             f"{name}: no such file here, and reading a Hub dataset needs the package datasets",
-            hint=f"{INSTALL} (or pip install datasets), or give a file",
+            hint=f"{INSTALL}, or give a file",
         ) from error
     at: dict[str, Any] = {} if revision is None else {"revision": revision}
     try:

@@ -26,7 +26,7 @@ OPENERS: dict[str, Any] = {".gz": gzip.open, ".xz": lzma.open}
 FIELD = "text"
 LABEL = "source"
 CHOOSE = "Add :column=NAME"
-INSTALL = "pip install 'linearize[data]'"
+INSTALL = "pip install 'datasets>=3'"  # which brings pyarrow
 ROWS = 256
 """Rows of a parquet file that are held at once."""
 BLOCK = 16 << 20

@@ -20,8 +20,6 @@ from linearize.progress import recorded_by
 
 NONE = "none"
 PROJECT = "linearize"
-EXTRA = "tracking"
-"""The optional extra that installs the trackers."""
 
 
 class Tracker(Protocol):
@@ -94,7 +92,7 @@ def require_tracker(report_to: str) -> None:
     if importlib.util.find_spec(MODULES[report_to]) is None:
         raise UsageError(
             f"--report-to {report_to}: {report_to} is not installed",
-            f"pip install {report_to}, or pip install 'linearize[{EXTRA}]' for all of them",
+            f"pip install {report_to}",
         )
 
 

@@ -27,7 +27,7 @@ BATCHES = (1, 4, 16)
 FIXED_ROPE = ("default", "linear", "llama3", "yarn", "proportional")
 """Kinds of RoPE whose tables do not depend on how long a sequence is."""
 PACKAGES = ("linearize", "torch", "transformers", "triton")
-INSTALL_PLOTS = "pip install 'linearize[plots]', or pip install matplotlib"
+INSTALL_PLOTS = "pip install matplotlib"
 
 
 def bench(

@@ -24,7 +24,7 @@ from typing import Any
 from linearize.errors import LinearizeError, UsageError, did_you_mean
 from linearize.progress import tell
 
-INSTALL = "pip install 'linearize[eval]', or pip install lm-eval"
+INSTALL = "pip install 'lm-eval>=0.4.9'"
 PACKAGES = ("linearize", "lm_eval", "torch", "transformers", "datasets")
 _USUAL = (
     "`pretrained` model kwarg",

@@ -170,7 +170,7 @@ def test_what_is_not_installed_or_unknown_is_refused_before_any_work(
     for name in tracking.MODULES:
         with pytest.raises(UsageError, match=f"{name} is not installed") as caught:
             linearize.convert("demo", tmp_path / "out", data="demo", report_to=name)
-        assert f"pip install {name}" in str(caught.value) and "linearize[tracking]" in str(caught.value)
+        assert f"pip install {name}" in str(caught.value)
     with pytest.raises(UsageError, match="Did you mean 'wandb'"):
         linearize.convert("demo", tmp_path / "out", data="demo", report_to="wandbb")
     assert not list(tmp_path.iterdir())

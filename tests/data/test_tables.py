@@ -100,7 +100,7 @@ def test_without_pyarrow_it_is_said_before_any_work(tmp_path: Path, monkeypatch:
     (tmp_path / "a.parquet").write_bytes(b"PAR1")
     monkeypatch.setattr(records.importlib.util, "find_spec", lambda name: None)
     for place in (tmp_path, tmp_path / "a.parquet"):
-        with pytest.raises(UsageError, match=r"needs the package pyarrow.*pip install .linearize\[data\]"):
+        with pytest.raises(UsageError, match=r"needs the package pyarrow.*pip install 'datasets"):
             require_place(str(place))
 
 

@@ -216,7 +216,7 @@ def test_bad_arguments_and_a_missing_harness(monkeypatch: pytest.MonkeyPatch) ->
         with pytest.raises(UsageError, match=message):
             evaluate_tasks("demo", tasks=tasks, **given)  # type: ignore[arg-type]
     monkeypatch.setattr(module.importlib.util, "find_spec", lambda name: None)
-    with pytest.raises(UsageError, match=r"needs the package lm-eval.*pip install 'linearize\[eval\]'") as caught:
+    with pytest.raises(UsageError, match=r"needs the package lm-eval.*pip install 'lm-eval") as caught:
         evaluate_tasks("demo", tasks=["piqa"])
     assert "\n" not in str(caught.value) and caught.value.exit_code == 2
 
