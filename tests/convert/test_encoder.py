@@ -3,9 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
-import signal
-from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -28,9 +25,9 @@ from linearize.convert.surgery import linearize_model
 from linearize.convert.task import Masked, task_of
 from linearize.errors import UsageError
 from linearize.masking import IGNORE
-from linearize.progress import NullProgress
 from linearize.recipe import load_recipe
 from tests import encoders
+from tests.interrupter import Interrupter
 
 FAMILIES = ("bert", "roberta")
 QUICK = ["context=48", "device=cpu", "align.batch_tokens=384", "finetune.batch_tokens=384"]
@@ -137,17 +134,6 @@ def test_losses_count_real_and_hidden_tokens_alone(family: str, folders: dict[st
     sums = backward_losses(student, teacher, ids, labels, ce=1.0, kl=1.0, scale=1.0, task=task)
     assert torch.allclose(sums, torch.stack((ce, kl)), rtol=1e-4)
     assert weight.grad is not None and float(weight.grad.abs().max()) > 0
-
-
-class Interrupter(NullProgress):
-    """Presses Ctrl-C in one step."""
-
-    def __init__(self, stage: str, at: int) -> None:
-        self.stage, self.at = stage, at
-
-    def step(self, stage: str, step: int, loss: float, tokens: int, extra: Mapping[str, Any]) -> None:
-        if (stage, step) == (self.stage, self.at):
-            os.kill(os.getpid(), signal.SIGINT)
 
 
 def test_interrupted_and_resumed(

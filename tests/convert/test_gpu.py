@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-import os
-import signal
-from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +10,7 @@ import torch
 from safetensors.torch import load_file
 
 from linearize.convert.pipeline import convert
-from linearize.progress import NullProgress
+from tests.interrupter import Interrupter
 
 OPTIONS = [
     "context=128", "mixer.window=16", "mixer.feature_dim=8", "device=cuda", "dtype=bfloat16",
@@ -21,17 +18,6 @@ OPTIONS = [
     "finetune.tokens=8k", "finetune.batch_tokens=512", "finetune.lora.dropout=0.1", "finetune.kl=1",
     "finetune.lora.targets=[q_proj,o_proj]", "finetune.full=[mixer]", "gradient_checkpointing=true",
 ]  # fmt: skip
-
-
-class Interrupter(NullProgress):
-    """Presses Ctrl-C in one step."""
-
-    def __init__(self, stage: str, at: int) -> None:
-        self.stage, self.at = stage, at
-
-    def step(self, stage: str, step: int, loss: float, tokens: int, extra: Mapping[str, Any]) -> None:
-        if (stage, step) == (self.stage, self.at):
-            os.kill(os.getpid(), signal.SIGINT)
 
 
 @pytest.mark.gpu

@@ -4,9 +4,6 @@ from __future__ import annotations
 
 import json
 import math
-import os
-import signal
-from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -16,8 +13,8 @@ from linearize.convert import pipeline
 from linearize.convert.history import HISTORY, POINTS, add, finished, new_track, require_track, write_history
 from linearize.convert.pipeline import convert
 from linearize.convert.stages import StageState
-from linearize.progress import NullProgress
 from linearize.report.facts import of_layers, read_history
+from tests.interrupter import Interrupter
 
 OPTIONS = [
     "context=64", "mixer.window=16", "mixer.feature_dim=8", "device=cpu", "align.tokens=1536", "align.batch_tokens=256",
@@ -94,17 +91,6 @@ def test_the_file_is_strict_and_only_of_stages_that_ran(tmp_path: Path) -> None:
         "format": 1, "stages": {"finetune": {"steps": [1, 2], "series": {"loss": [1.0, 0.5]}}},
     }  # fmt: skip
     assert read_history(tmp_path) == {"finetune": {"loss": [(1.0, 1.0), (2.0, 0.5)]}}
-
-
-class Interrupter(NullProgress):
-    """Presses Ctrl-C in one step."""
-
-    def __init__(self, stage: str, at: int) -> None:
-        self.stage, self.at = stage, at
-
-    def step(self, stage: str, step: int, loss: float, tokens: int, extra: Mapping[str, Any]) -> None:
-        if (stage, step) == (self.stage, self.at):
-            os.kill(os.getpid(), signal.SIGINT)
 
 
 def test_a_resumed_run_writes_the_same_history(

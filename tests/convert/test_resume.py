@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import os
 import signal
 import subprocess
 import sys
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +18,7 @@ from linearize.convert.early import run_folder
 from linearize.convert.pipeline import convert
 from linearize.errors import RefusedError
 from linearize.progress import NullProgress
+from tests.interrupter import Interrupter
 
 OPTIONS = [
     "context=64", "mixer.window=16", "mixer.feature_dim=8", "device=cpu", "seed=5",
@@ -97,17 +97,6 @@ def test_killed_in_both_stages(
         assert not out.exists() and run_folder(out).exists()
     report = convert(teacher_folder, out, recipe="lolcats", data=str(text_file), overrides=OPTIONS, resume=True)
     same(whole, out, report)
-
-
-class Interrupter(NullProgress):
-    """Presses Ctrl-C in one step."""
-
-    def __init__(self, stage: str, at: int) -> None:
-        self.stage, self.at = stage, at
-
-    def step(self, stage: str, step: int, loss: float, tokens: int, extra: Mapping[str, Any]) -> None:
-        if (stage, step) == (self.stage, self.at):
-            os.kill(os.getpid(), signal.SIGINT)
 
 
 def test_interrupted_and_resumed(
