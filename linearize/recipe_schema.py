@@ -182,6 +182,8 @@ class Recipe:
     loss costs the model most) | auto N | a list of indices from 0."""
     context: int = 1024
     """Tokens of one training sequence."""
+    repeats: float = 0.0
+    """Share of the training sequences in which passages come again further on: see `linearize.repeats`."""
     seed: int = 0
     """Seed of initialisation, data order and dropout."""
     device: str = "auto"
@@ -388,6 +390,7 @@ _RECIPE: dict[str, Reader] = {
     "mixer": _instance(MixerSpec),
     "keep_softmax": _read_keep,
     "context": count(2, 2**24),
+    "repeats": _SHARE,
     "seed": whole(0, 2**32 - 1),
     "device": _read_device,
     "dtype": choice(DTYPES),

@@ -126,7 +126,7 @@ def check_stages(family: Family, recipe: Recipe) -> None:
     """Refuse what a recipe's stages cannot do with an encoder.
 
     Raises:
-        UsageError: calibration, measured softmax layers, or an objective behind o_proj.
+        UsageError: calibration, measured softmax layers, repeats, or an objective behind o_proj.
     """
     if not family.bidirectional:
         return
@@ -137,6 +137,10 @@ def check_stages(family: Family, recipe: Recipe) -> None:
         )
     if recipe.calibrate.tokens:
         raise UsageError("calibrate.tokens: the maps of an encoder have nothing to calibrate", "Use calibrate.tokens=0")
+    if recipe.repeats:
+        raise UsageError(
+            "repeats: made for models that predict the next token, which an encoder does not", "Use repeats=0"
+        )
     if recipe.align.objective == "hidden" and recipe.align.tokens:
         raise UsageError(
             "align.objective: 'hidden' is measured behind o_proj, which lies outside an encoder's self-attention",

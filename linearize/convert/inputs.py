@@ -45,7 +45,9 @@ class Inputs:
     tokenizer: Any
     task: Task
     windows: np.ndarray
-    """[N, context] int32."""
+    """[N, context] int32: the text, for calibration and the choice of layers."""
+    training: np.ndarray
+    """The same with the recipe's repeats: what both stages train on."""
     source: Source
     dtype: torch.dtype
     """Of the export."""
@@ -114,6 +116,7 @@ def gather(
         tokenizer=tokenizer,
         task=task,
         windows=windows,
+        training=task.repeated(windows, tokenizer, recipe.repeats, seed=recipe.seed) if recipe.repeats else windows,
         source=source,
         dtype=dtype,
         teacher_dtype=select_dtype(stored),
@@ -126,7 +129,7 @@ def identity_of(inputs: Inputs) -> dict[str, str]:
     return {
         "recipe": inputs.recipe.digest(),
         "teacher": digest_checkpoint(inputs.folder),
-        "data": hashlib.sha256(inputs.windows.tobytes()).hexdigest(),
+        "data": hashlib.sha256(inputs.training.tobytes()).hexdigest(),
         "streamed": "yes" if inputs.way.streamed else "no",
         "documents": "apart" if isinstance(inputs.task, Apart) else "joined",
     }

@@ -207,7 +207,7 @@ def _train(
     align, finetune = inputs.shapes
     aligned, finetuned = StageState(), StageState()
     in_finetune = start is not None and start.stage == "finetune"
-    common: dict[str, Any] = {"seed": recipe.seed, "windows": inputs.windows, "run": run, "progress": watch,
+    common: dict[str, Any] = {"seed": recipe.seed, "windows": inputs.training, "run": run, "progress": watch,
                               "task": inputs.task}  # fmt: skip
     if align.steps and not in_finetune:
         with shown(watch, align):

@@ -99,9 +99,10 @@ def begin(work: Work, identity: Mapping[str, str], embedding: str, probe: np.nda
     _tidy(work.run, keep=None)
     shutil.rmtree(work.writer.folder, ignore_errors=True)
     work.writer.folder.mkdir(parents=True)
-    windows = work.inputs.windows
+    read = {"calibrate": work.inputs.windows, "align": work.inputs.training}
     with timed_into(work.done.seconds, "embed"):
         for stream in work.streams:
+            windows = read[stream.name]
             stream.write(0, (embed(work.stored, embedding, windows[part]) for part in stream.parts()))
         row = embed(work.stored, embedding, probe)
         work.probes = {"exact": row.float().clone(), "cast": row.to(work.inputs.dtype)}

@@ -18,6 +18,7 @@ from linearize.errors import UsageError
 from linearize.masking import IGNORE, Marks, document_windows, hide, marks_of
 from linearize.modeling.family_table import TASKS, lookup
 from linearize.modeling.layout import Layout, packed_layout
+from linearize.repeats import with_repeats
 
 MUCH = 0.25
 """Share of padding that is worth a word."""
@@ -39,6 +40,16 @@ class Causal:
             RefusedError, UsageError: too little text.
         """
         return pack(tokenize_documents(texts, tokenizer), context, **document_marks(tokenizer))
+
+    def repeated(self, windows: np.ndarray, tokenizer: Any, share: float, *, seed: int) -> np.ndarray:
+        """The windows [N, T], in a share of which passages come again: see `with_repeats`."""
+        return with_repeats(
+            windows, share, seed=seed, marks=tokenizer.all_special_ids, documents=self.documents(windows)
+        )
+
+    def documents(self, windows: np.ndarray) -> np.ndarray | None:
+        """Which document of its row a token is of, where documents are kept apart: [N, T]; else None."""
+        return None
 
     def notes(self, windows: np.ndarray) -> list[str]:
         """What is to be said of the rows, one line each."""
@@ -114,6 +125,10 @@ class Apart(Causal):
         """Tokens since the start of the document, or of the row: int64 [B, T]."""
         place = torch.arange(ids.shape[1], device=ids.device).expand_as(ids)
         return place - torch.where(self.starts(ids), place, 0).cummax(1).values
+
+    def documents(self, windows: np.ndarray) -> np.ndarray:
+        """Which document of its row a token is of: int64 [N, T], from 0."""
+        return self.starts(torch.from_numpy(windows)).cumsum(1).numpy()
 
     def examples(self, rows: np.ndarray, *key: object) -> tuple[Tensor, Tensor]:
         """The rows, and the next token of the same document as label."""

@@ -188,6 +188,7 @@ def test_an_older_checkpoint_with_heads_of_pretraining(
         ("retention", ["mixer.decay=none"], r"mixer\.normaliser: norm"),
         ("hedgehog-encoder", ["calibrate.tokens=1k"], r"calibrate\.tokens"),
         ("hedgehog-encoder", ["keep_softmax=auto"], "keep_softmax"),
+        ("hedgehog-encoder", ["repeats=0.5"], r"repeats: .* the next token"),
         ("hedgehog-encoder", ["align.objective=hidden"], r"align\.objective"),
         ("hedgehog-encoder", ["context=65"], "context 65"),
     ],

@@ -27,7 +27,7 @@ from tests.modeling.families import teacher as random_teacher
 
 SMALL = ["context=64", "mixer.window=16", "mixer.feature_dim=8", "device=cpu", "seed=5", "finetune.tokens=0",
          "align.tokens=1536", "align.batch_tokens=256"]  # fmt: skip
-HIDDEN = ["calibrate.tokens=128", "keep_softmax=[1]"]
+HIDDEN = ["calibrate.tokens=128", "keep_softmax=[1]", "repeats=1"]
 EPOCHS = ["align.window_dropout=0.5", "align.train=[mixer,q_proj]", "align.tokens=7k", "align.batch_tokens=1024",
           "mixer.window=8"]  # fmt: skip
 WEIGHTS = ["align.objective=weights", "align.optimizer=muon", "align.train=[mixer,q_proj,k_proj]", "mixer.window=0"]
