@@ -114,6 +114,8 @@ def _folder() -> Path:
 
 def _read_file(path: Path) -> dict[str, Any]:
     where = f"recipe {path}"
+    if path.is_dir():
+        raise UsageError(f"{where}: is a folder; a recipe is a YAML file", "See the names with: linearize recipes ls")
     if not path.is_file():
         near = [p.name for p in path.parent.glob("*.y*ml")] if path.parent.is_dir() else []
         hint = did_you_mean(path.name, near) or did_you_mean(path.stem, list_recipes())
@@ -123,7 +125,7 @@ def _read_file(path: Path) -> dict[str, Any]:
             data = file.read(MAX_YAML_BYTES + 1)
         content = data.decode("utf-8")
     except OSError as error:
-        raise UsageError(f"{where}: cannot be read ({error.strerror})") from None
+        raise UsageError(f"{where}: cannot be read ({error.strerror})", "Check its permissions.") from None
     except UnicodeDecodeError:
         raise UsageError(f"{where}: is not UTF-8 text", "A recipe is a YAML file.") from None
     values = read_yaml(content, where)

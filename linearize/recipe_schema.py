@@ -4,40 +4,18 @@ from __future__ import annotations
 
 import hashlib
 import json
-import re
 from collections.abc import Mapping
 from dataclasses import MISSING, asdict, dataclass, field, fields
 from functools import lru_cache
 from typing import Any, TypeVar
 
 from linearize.errors import UsageError
-from linearize.modeling.mixer_spec import CHOICES, MixerSpec
-from linearize.strict import Reader, choice, count, flag, names, number, optional, show, text, unknown_key, whole
-
-MAX_TOKENS = 10**12
-ATTENTION = ("q_proj", "k_proj", "v_proj", "o_proj")
-MLP = ("gate_proj", "up_proj", "down_proj")
-OBJECTIVES = ("output", "weights", "hidden")
-BRANCHES = ("mix", "linear", "both")
-OPTIMIZERS = ("adamw", "muon")
-DTYPES = ("auto", "float32", "bfloat16", "float16")
+from linearize.modeling.mixer_spec import MixerSpec
+from linearize.recipe_readers import ALIGN, ATTENTION, CALIBRATE, FINETUNE, LORA, MIXER, RECIPE, instance, read_fields
+from linearize.strict import Reader, optional, show, unknown_key
 
 _OUT_OF_REACH = {"output": ("o_proj",), "weights": ("v_proj", "o_proj"), "hidden": ()}
 """Projections that lie behind the point where each alignment objective is measured."""
-
-_SHARE = number(0, 1)
-_RATE = number(0, 10, above=True)
-_TRAINING: dict[str, Reader] = {
-    "tokens": count(0, MAX_TOKENS),
-    "batch_tokens": count(1, 2**30),
-    "lr": _RATE,
-    "mixer_lr": optional(_RATE),
-    "warmup": _SHARE,
-    "min_lr": _SHARE,
-    "clip": number(0, 1e6, above=True),
-    "weight_decay": _SHARE,
-    "optimizer": choice(OPTIMIZERS),
-}
 
 Section = TypeVar("Section")
 
@@ -50,7 +28,7 @@ class Calibrate:
     """Tokens to read, rounded to whole sequences of `context` (one at least); 0 skips the stage."""
 
     def __post_init__(self) -> None:
-        _read_fields(self, "calibrate", _CALIBRATE)
+        read_fields(self, "calibrate", CALIBRATE)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -86,7 +64,7 @@ class Align:
     """What is trained: the mixer's own parameters and any of q_proj, k_proj, v_proj, o_proj."""
 
     def __post_init__(self) -> None:
-        _read_fields(self, "align", _ALIGN)
+        read_fields(self, "align", ALIGN)
         if self.tokens and not self.train:
             raise UsageError("align.train: nothing to train", "Name mixer or a projection, or set align.tokens to 0.")
         for name in self.train:
@@ -110,7 +88,7 @@ class Lora:
     """Projections that get an adapter."""
 
     def __post_init__(self) -> None:
-        _read_fields(self, "finetune.lora", _LORA)
+        read_fields(self, "finetune.lora", LORA)
         if not self.targets:
             raise UsageError("finetune.lora.targets: empty", "For no adapters set finetune.lora to null.")
 
@@ -151,7 +129,7 @@ class Finetune:
     """What is trained in full: mixer and any projection that has no adapter."""
 
     def __post_init__(self) -> None:
-        _read_fields(self, "finetune", _FINETUNE)
+        read_fields(self, "finetune", _FINETUNE)
         if self.tokens and self.lora is None and not self.full:
             raise UsageError("finetune: nothing to train", "Set finetune.lora or finetune.full.")
         if self.tokens and self.ce == 0 and self.kl == 0:
@@ -200,7 +178,7 @@ class Recipe:
     """Second stage."""
 
     def __post_init__(self) -> None:
-        _read_fields(self, "", _RECIPE)
+        read_fields(self, "", _RECIPE)
         if self.align.window_dropout and not self.mixer.window:
             raise UsageError("align.window_dropout: the mixer has no window to hide (mixer.window is 0)")
         if self.finetune.window_dropout and not self.mixer.window:
@@ -294,66 +272,11 @@ def build(cls: type[Section], values: Any, section: str) -> Section:
         if parent == section and leaf in ready and not (name == "finetune.lora" and ready[leaf] in (None, "none")):
             ready[leaf] = build(inner, ready[leaf], name)
     if cls is MixerSpec:
-        ready = {key: _MIXER[key](value, f"mixer.{key}") for key, value in ready.items()}
+        ready = {key: MIXER[key](value, f"mixer.{key}") for key, value in ready.items()}
     try:
         return cls(**ready)
     except ValueError as error:  # MixerSpec's own checks
         raise UsageError(str(error)) from None
-
-
-def _read_fields(instance: Any, section: str, readers: Mapping[str, Reader]) -> None:
-    """Check every field of a frozen dataclass and store its canonical value."""
-    for name, reader in readers.items():
-        where = f"{section}.{name}" if section else name
-        object.__setattr__(instance, name, reader(getattr(instance, name), where))
-
-
-def _instance(cls: type) -> Reader:
-    def read(value: Any, where: str) -> Any:
-        if not isinstance(value, cls):
-            raise UsageError(f"{where}: expected a section, got {show(value)}")
-        return value
-
-    return read
-
-
-def _read_name(value: Any, where: str) -> str:
-    if not isinstance(value, str) or not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}", value):
-        raise UsageError(f"{where}: {show(value)} is not a name of letters, digits, dots, dashes and underscores")
-    return value
-
-
-def _read_device(value: Any, where: str) -> str:
-    if not isinstance(value, str) or not re.fullmatch(r"auto|cpu|cuda(:\d{1,3})?", value):
-        raise UsageError(f"{where}: {show(value)} is not one of auto, cpu, cuda, cuda:N")
-    return value
-
-
-def _read_keep(value: Any, where: str) -> str | tuple[int, ...]:
-    if value is None or (isinstance(value, (list, tuple)) and not value):
-        return "none"
-    if isinstance(value, str):
-        words = value.split()
-        if words in (["none"], ["auto"]):
-            return words[0]
-        if len(words) == 2 and words[0] == "auto" and re.fullmatch(r"[1-9]\d{0,3}", words[1]):
-            return f"auto {words[1]}"
-        if len(words) == 2 and words[0] == "every" and re.fullmatch(r"[1-9]\d{0,3}", words[1]):
-            return f"every {words[1]}"
-    if isinstance(value, (list, tuple)):
-        index = whole(0, 9999)
-        layers = tuple(sorted(index(item, where) for item in value))
-        if len(set(layers)) == len(layers):
-            return layers
-        raise UsageError(f"{where}: a layer is named twice in {show(list(value))}")
-    raise UsageError(f"{where}: {show(value)} is not one of none, every N, auto, auto N, or a list such as [0, 3]")
-
-
-def _mixer_reader(name: str, kind: str) -> Reader:
-    plain: dict[str, Reader] = {"bool": flag, "int": whole(0, 2**20), "float": number(-1e6, 1e6)}
-    if name in CHOICES:
-        return choice(CHOICES[name])
-    return optional(whole(1, 2**16)) if kind == "int | None" else plain[kind]
 
 
 def _plain(value: Any) -> Any:
@@ -362,44 +285,12 @@ def _plain(value: Any) -> Any:
     return [_plain(inner) for inner in value] if isinstance(value, (list, tuple)) else value
 
 
-_ALIGN: dict[str, Reader] = _TRAINING | {
-    "objective": choice(OBJECTIVES),
-    "branch": choice(BRANCHES),
-    "window_dropout": _SHARE,
-    "train": names(("mixer", *ATTENTION)),
+_FINETUNE: dict[str, Reader] = FINETUNE | {"lora": optional(instance(Lora))}
+_RECIPE: dict[str, Reader] = RECIPE | {
+    "calibrate": instance(Calibrate),
+    "align": instance(Align),
+    "finetune": instance(Finetune),
 }
-_CALIBRATE: dict[str, Reader] = {"tokens": count(0, 10**8)}
-_LORA: dict[str, Reader] = {
-    "r": whole(1, 4096),
-    "alpha": number(0, 1e5, above=True),
-    "dropout": number(0, 0.95),
-    "targets": names((*ATTENTION, *MLP)),
-}
-_FINETUNE: dict[str, Reader] = _TRAINING | {
-    "full_lr": optional(_RATE),
-    "window_dropout": _SHARE,
-    "ce": number(0, 1e3),
-    "kl": number(0, 1e3),
-    "lora": optional(_instance(Lora)),
-    "full": names(("mixer", *ATTENTION, *MLP)),
-}
-_RECIPE: dict[str, Reader] = {
-    "name": _read_name,
-    "paper": text(200),
-    "summary": text(300),
-    "mixer": _instance(MixerSpec),
-    "keep_softmax": _read_keep,
-    "context": count(2, 2**24),
-    "repeats": _SHARE,
-    "seed": whole(0, 2**32 - 1),
-    "device": _read_device,
-    "dtype": choice(DTYPES),
-    "gradient_checkpointing": flag,
-    "calibrate": _instance(Calibrate),
-    "align": _instance(Align),
-    "finetune": _instance(Finetune),
-}
-_MIXER: dict[str, Reader] = {f.name: _mixer_reader(f.name, str(f.type)) for f in fields(MixerSpec)}
 _SECTIONS: dict[str, type] = {
     "mixer": MixerSpec,
     "calibrate": Calibrate,
