@@ -1,11 +1,15 @@
-"""Peak memory of a streamed conversion, on a checkpoint made for it: random weights, as large as you like.
+"""Peak memory of a conversion, on a checkpoint made for it: random weights, as large as you like.
 
-    python -m benchmarks.streaming /tmp/big                                  # 40 layers, 6.1 GB in bfloat16
-    python -m benchmarks.streaming /tmp/small --layers 4 --hidden 256 --heads 4 --kv-heads 2 --intermediate 512
+    python -m benchmarks.streaming /tmp/big --tokens 1024                       # 40 layers, 6.2 GB in bfloat16
+    python -m benchmarks.streaming /tmp/big --tokens 1024 --device cuda
+    python -m benchmarks.streaming /tmp/quarter --tokens 1024 --size 1.6GB --device cuda
+    python -m benchmarks.streaming /tmp/bits --size 0.8GB --way 4               # or 8, or whole, to compare
 
-Writes FOLDER/teacher (a Llama, shard by shard, never held as a whole, with the demo's tokenizer), converts it with
---stream in a process of its own into FOLDER/out, and prints one row: sizes, times and the most resident memory of that
-process and all that it started, as the kernel counts it. What is in FOLDER afterwards is yours to remove.
+Writes FOLDER/teacher (a Llama, shard by shard, never held as a whole, with the demo's tokenizer), converts it in a
+process of its own into FOLDER/out, and prints one row: sizes, times, the most resident memory of that process and all
+that it started, as the kernel counts it, and with a GPU the most memory of it. What is in FOLDER afterwards is yours to
+remove. `--way`: `stream`, a layer at a time and aligned alone; `whole`, the ordinary way; `8` and `4`, that way with
+frozen weights in so many bits. All but `stream` finetune adapters on as many tokens.
 """
 
 from __future__ import annotations
@@ -29,16 +33,32 @@ from linearize.artifacts.atomic import require_empty
 from linearize.artifacts.load import resolve
 from linearize.artifacts.manifest import versions
 from linearize.artifacts.shards import ShardWriter, lay_out
+from linearize.convert.checkpoint import STAGES
 from linearize.errors import LinearizeError
 
+SIZES = {
+    "6.2GB": {"layers": 40, "hidden": 2560, "heads": 20, "kv_heads": 4, "intermediate": 7936},
+    "1.6GB": {"layers": 40, "hidden": 1280, "heads": 10, "kv_heads": 2, "intermediate": 3968},
+    "0.8GB": {"layers": 20, "hidden": 1280, "heads": 10, "kv_heads": 2, "intermediate": 3968},
+}
+"""Shapes by the bytes of their bfloat16 weights."""
+WAYS = {
+    "stream": ["--stream"],
+    "whole": ["--no-stream"],
+    "8": ["--teacher-bits", "8"],
+    "4": ["--teacher-bits", "4"],
+}
 ROOT = Path(__file__).resolve().parent.parent
 SAMPLE_SECONDS = 0.2
 
 
-def make_teacher(folder: Path, *, layers: int, hidden: int, heads: int, kv_heads: int, intermediate: int) -> int:
+def make_teacher(
+    folder: Path, *, layers: int, hidden: int, heads: int, kv_heads: int, intermediate: int, device: str = "cpu"
+) -> int:
     """Write a Llama of random bfloat16 weights into `folder`, a tensor at a time; its bytes.
 
     Scales are those of transformers' initialisation, so that activations stay finite through any number of layers.
+    `device` draws the numbers: a GPU is done with billions of them in no time.
     """
     from transformers import LlamaConfig, LlamaForCausalLM
 
@@ -60,11 +80,15 @@ def make_teacher(folder: Path, *, layers: int, hidden: int, heads: int, kv_heads
         shapes = {name: tuple(t.shape) for name, t in LlamaForCausalLM(config).state_dict().items()}
     folder.mkdir(parents=True)
     shards = lay_out({name: (torch.bfloat16, shape) for name, shape in shapes.items()}, 1_000_000_000)
-    generator = torch.Generator().manual_seed(0)
+    generator = torch.Generator(device).manual_seed(0)
     with ShardWriter(folder, shards) as writer:
         for name, shape in shapes.items():
-            value = torch.ones(shape) if len(shape) == 1 else torch.randn(shape, generator=generator) * 0.02
-            writer.write(name, [value.to(torch.bfloat16)])
+            rows = [shape] if len(shape) == 1 else [(part, *shape[1:]) for part in _parts(shape[0])]
+            pieces = (
+                torch.ones(part) if len(part) == 1 else torch.randn(part, generator=generator, device=device) * 0.02
+                for part in rows
+            )
+            writer.write(name, (piece.to(torch.bfloat16) for piece in pieces))
         writer.finish()
     config.save_pretrained(folder)
     for path in demo.glob("token*"):
@@ -72,22 +96,32 @@ def make_teacher(folder: Path, *, layers: int, hidden: int, heads: int, kv_heads
     return sum(2 * math.prod(shape) for shape in shapes.values())
 
 
-def convert(teacher: Path, out: Path, overrides: list[str], *, recipe: str, limit: float) -> dict[str, Any]:
-    """Convert in a process of its own; its report, with `seconds_all`, and `peak_bytes` of it and its children.
+def _parts(rows: int, most: int = 4096) -> list[int]:
+    return [min(most, rows - begin) for begin in range(0, rows, most)]
+
+
+def convert(teacher: Path, out: Path, options: list[str], *, recipe: str, limit: float) -> dict[str, Any]:
+    """Convert in a process of its own; its report, with `seconds_all`, `peak_alone_bytes` of it, `peak_bytes` of it and
+    its children, and `peak_gpu_bytes` of the GPU that `options` name.
 
     Raises:
         RuntimeError: it failed, or took longer than `limit` seconds.
     """
     command = [sys.executable, "-m", "linearize_cli", "convert", str(teacher), str(out), "--recipe", recipe,
-               "--data", "demo", "--stream", "--json", *overrides]  # fmt: skip
+               "--data", "demo", "--json", *options]  # fmt: skip
     paths = os.pathsep.join(str(ROOT / part) for part in (".", "kernels", "cli"))
-    begin, peak = time.monotonic(), 0
+    begin, peak, alone, gpu_peak = time.monotonic(), 0, 0, 0
+    gpu = "device=cuda" in options
+    torch.cuda.empty_cache()
+    before = gpu_bytes() if gpu else 0
     log = out.with_suffix(".log")
     with log.open("w") as errors, out.with_suffix(".json").open("w") as answer:
         child = subprocess.Popen(command, stdout=answer, stderr=errors, env={**os.environ, "PYTHONPATH": paths})
         try:
             while child.poll() is None:
                 peak = max(peak, resident(child.pid))
+                alone = max(alone, resident(child.pid, children=False))
+                gpu_peak = max(gpu_peak, gpu_bytes() - before) if gpu else 0
                 if time.monotonic() - begin > limit:
                     raise RuntimeError(f"not done after {limit:.0f} s; see {log}")
                 time.sleep(SAMPLE_SECONDS)
@@ -98,16 +132,23 @@ def convert(teacher: Path, out: Path, overrides: list[str], *, recipe: str, limi
     if child.returncode:
         raise RuntimeError(log.read_text().strip().splitlines()[-1] if log.stat().st_size else "it died")
     report: dict[str, Any] = json.loads(out.with_suffix(".json").read_text())
-    return report | {"seconds_all": time.monotonic() - begin, "peak_bytes": peak}
+    peaks = {"peak_bytes": peak, "peak_alone_bytes": alone, "peak_gpu_bytes": gpu_peak}
+    return report | peaks | {"seconds_all": time.monotonic() - begin}
 
 
-def resident(process: int) -> int:
-    """Most bytes that a process has held (VmHWM), and those of all its children, now."""
+def gpu_bytes() -> int:
+    """Memory of the first GPU that is in use, by whomever: all of it that no process can have, contexts included."""
+    free, total = torch.cuda.mem_get_info(0)
+    return total - free
+
+
+def resident(process: int, *, children: bool = True) -> int:
+    """Most bytes that a process has held so far (VmHWM), and each of its children that live now, added up."""
     total = 0
     try:
         status = Path(f"/proc/{process}/status").read_text()
         total += next(int(line.split()[1]) * 1024 for line in status.splitlines() if line.startswith("VmHWM"))
-        for task in Path(f"/proc/{process}/task").iterdir():
+        for task in Path(f"/proc/{process}/task").iterdir() if children else ():
             total += sum(resident(int(child)) for child in (task / "children").read_text().split())
     except (OSError, StopIteration):  # it has ended
         pass
@@ -127,10 +168,13 @@ def main(arguments: list[str] | None = None) -> int:
     """Make, convert, print."""
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0] if __doc__ else None)
     parser.add_argument("folder", type=Path)
-    for name, value in (("layers", 40), ("hidden", 2560), ("heads", 20), ("kv-heads", 4), ("intermediate", 7936)):
-        parser.add_argument(f"--{name}", type=int, default=value)
+    parser.add_argument("--size", choices=SIZES, default="6.2GB", help="of the checkpoint")
+    for name in SIZES["6.2GB"]:
+        parser.add_argument(f"--{name.replace('_', '-')}", type=int, help="instead of the size's")
+    parser.add_argument("--way", choices=WAYS, default="stream")
     parser.add_argument("--recipe", default="lolcats")
     parser.add_argument("--tokens", default="2048", help="of the alignment")
+    parser.add_argument("--batch-tokens", default="1024", help="of one step: with more, activations outweigh weights")
     parser.add_argument("--context", default="256")
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--limit", type=float, default=7200, help="seconds that the conversion may take")
@@ -138,32 +182,31 @@ def main(arguments: list[str] | None = None) -> int:
     teacher, out = chosen.folder / "teacher", chosen.folder / "out"
     try:
         require_empty(teacher)
-        size = make_teacher(
-            teacher,
-            layers=chosen.layers,
-            hidden=chosen.hidden,
-            heads=chosen.heads,
-            kv_heads=chosen.kv_heads,
-            intermediate=chosen.intermediate,
-        )
-        overrides = [f"context={chosen.context}", f"align.tokens={chosen.tokens}", "align.batch_tokens=1024",
-                     "finetune.tokens=0", f"device={chosen.device}"]  # fmt: skip
-        report = convert(teacher, out, overrides, recipe=chosen.recipe, limit=chosen.limit)
+        shape = {name: getattr(chosen, name) or value for name, value in SIZES[chosen.size].items()}
+        size = make_teacher(teacher, **shape, device=chosen.device)
+        finetuned = 0 if chosen.way == "stream" else chosen.tokens
+        options = [f"context={chosen.context}", f"device={chosen.device}", f"align.tokens={chosen.tokens}",
+                   f"finetune.tokens={finetuned}"]  # fmt: skip
+        options += [f"{stage}.batch_tokens={chosen.batch_tokens}" for stage in STAGES]
+        report = convert(teacher, out, [*options, *WAYS[chosen.way]], recipe=chosen.recipe, limit=chosen.limit)
     except (LinearizeError, RuntimeError) as error:
         print(error, file=sys.stderr)
         return 1
     found = versions()
     row = {
-        "layers": chosen.layers,
+        "way": chosen.way,
+        "layers": shape["layers"],
         "checkpoint GB": round(size / 1e9, 2),
         "export GB": round(sum(path.stat().st_size for path in out.glob("*.safetensors")) / 1e9, 2),
         "peak GB": round(report["peak_bytes"] / 1e9, 2),
-        "peak GB of the GPU": round((report["streamed"]["peak_device_bytes"] or 0) / 1e9, 2),
+        "peak GB without its children": round(report["peak_alone_bytes"] / 1e9, 2),
+        "peak GB of the GPU": round(report["peak_gpu_bytes"] / 1e9, 2) if report["peak_gpu_bytes"] else None,
         "seconds": round(report["seconds_all"]),
         "of which": {name: round(value) for name, value in report["seconds"].items()},
         "tokens": report["stages"]["align"]["tokens"],
         "recipe": chosen.recipe,
-        "logit difference when read back": report["verification"]["streamed"]["max_abs_difference"],
+        "logit difference when read back": max(way["max_abs_difference"] for way in report["verification"].values()),
+        "merge error": report["merge_error"],
         "machine": machine(),
         "versions": {name: found[name] for name in ("python", "torch", "transformers") if name in found},
         "date": date.today().isoformat(),

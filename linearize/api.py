@@ -3,20 +3,29 @@
 from __future__ import annotations
 
 import os
-import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from linearize.errors import UsageError
+from linearize.inference import PathLike, generate, load
 from linearize.recipe import Recipe, load_recipe
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedModel, PreTrainedTokenizerBase
-
     from linearize.progress import Progress
 
-PathLike = str | os.PathLike[str]
+__all__ = [
+    "audit",
+    "convert",
+    "evaluate",
+    "generate",
+    "import_lolcats",
+    "load",
+    "recall",
+    "report",
+    "select",
+]
+
 Subject = PathLike | tuple[Any, Any]
 """A model by name, or a pair of model and tokenizer."""
 
@@ -32,6 +41,7 @@ def convert(
     progress: Progress | None = None,
     report_to: str = "none",
     stream: bool | None = None,
+    teacher_bits: int | None = None,
 ) -> dict[str, Any]:
     """Convert a softmax model into a linear one, verify the export and return its report.
 
@@ -46,15 +56,19 @@ def convert(
         report_to: a tracker that is given the figures of every step: trackio | wandb | tensorboard | none.
         stream: convert a layer at a time, for a teacher larger than memory (docs/memory.md); it cannot finetune.
             None: where the ordinary way does not fit into memory.
+        teacher_bits: 8 or 4: hold the frozen weights, the teacher's and the student's, in so many bits while it trains
+            (docs/memory.md); what is trained and all of the export is in full precision. None: as they are.
 
     Raises:
         UsageError: bad input. RefusedError: refused before any work. VerificationError: the result does not hold.
     """
     plan = load_recipe(recipe, overrides)
     from linearize.convert.early import refuse_early
+    from linearize.teacher_bits import require_teacher_bits
     from linearize.tracking import require_tracker
 
     require_tracker(report_to)
+    require_teacher_bits(teacher_bits, stream=stream)
     refuse_early(model, out, data, resume=resume)  # torch and transformers take seconds to import
     from linearize.convert.pipeline import convert as run
     from linearize.progress import NullProgress
@@ -68,6 +82,7 @@ def convert(
         progress=progress or NullProgress(),
         report_to=report_to,
         stream=stream,
+        teacher_bits=teacher_bits,
     )
 
 
@@ -104,9 +119,9 @@ def import_lolcats(
         UsageError: bad input, such as a file that holds more than tensors, or an attention that no mixer here computes
             exactly. RefusedError: refused before any work. VerificationError: the export is not what was made.
     """
-    from linearize.convert.early import require_out
+    from linearize.convert.early import path_of, require_out
 
-    require_out(Path(os.path.abspath(out)), resume=False)
+    require_out(path_of(out), resume=False)
     for path in (distilled, finetuned):
         if path is not None and not Path(path).is_file():
             raise UsageError(f"there is no file {os.fspath(path)}", "Give the .pt file that was published.")
@@ -123,27 +138,6 @@ def import_lolcats(
         dtype=dtype,
         progress=progress,
     )
-
-
-def load(
-    model: PathLike, *, revision: str | None = None, device: str = "auto", dtype: str = "auto"
-) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
-    """A model, native or converted, in eval mode, and its tokenizer. No code of the checkpoint is ever run.
-
-    Args:
-        model: a folder, a Hub id, or `demo`. A Hub id may be `owner/name@REVISION`, here and wherever a model is named.
-        revision: the same, apart: a commit, a tag or a branch.
-        device: auto | cpu | cuda | cuda:N.
-        dtype: auto (as stored) | float32 | bfloat16 | float16.
-
-    Raises:
-        UsageError: no such model, or a family that is not supported. RefusedError: the checkpoint is damaged.
-    """
-    from linearize.artifacts.download import pin
-    from linearize.artifacts.load import load_model, load_tokenizer, resolve
-
-    path = resolve(pin(model, revision))
-    return load_model(path, device=device, dtype=dtype), load_tokenizer(path)
 
 
 def evaluate(
@@ -221,6 +215,8 @@ def audit(
         UsageError: bad input, such as a model that is not a converted one. RefusedError: too little text, or figures
             against a model that is not its teacher are to be saved.
     """
+    if isinstance(out, (str, os.PathLike)) and not isinstance(against, tuple) and os.fspath(out) == os.fspath(against):
+        raise UsageError(f"OUT and TEACHER are both {os.fspath(out)}", "Give the model that OUT was made from.")
     if save:
         from linearize.artifacts.quality import require_savable, save_audit
 
@@ -380,59 +376,3 @@ def report(
         device=device,
         dtype=dtype,
     )
-
-
-def generate(
-    model: PathLike,
-    prompt: str,
-    *,
-    max_new_tokens: int = 100,
-    temperature: float = 0.0,
-    seed: int = 0,
-    device: str = "auto",
-    dtype: str = "auto",
-) -> dict[str, Any]:
-    """Continue `prompt`: greedy at temperature 0, else sampled with `seed`.
-
-    Returns:
-        prompt, completion, text (both), new_tokens, seconds (of generation), tokens_per_second, device, dtype.
-
-    Raises:
-        UsageError: bad input, such as an empty prompt for a tokenizer without a BOS token, or a masked language model.
-    """
-    import torch
-
-    from linearize.artifacts.kind import require_causal
-    from linearize.artifacts.load import resolve
-
-    require_causal(resolve(os.fspath(model)), os.fspath(model), "Use: transformers.pipeline('fill-mask', model=OUT)")
-    loaded, tokenizer = load(model, device=device, dtype=dtype)
-    ids = tokenizer(prompt, return_tensors="pt")["input_ids"].to(loaded.device).long()
-    if ids.shape[1] == 0:
-        if tokenizer.bos_token_id is None:
-            raise UsageError("--prompt: empty, and the tokenizer has no BOS token to start from", "Give some text.")
-        ids = torch.tensor([[tokenizer.bos_token_id]], device=loaded.device)
-    torch.manual_seed(seed)
-    sampling: dict[str, Any] = {"do_sample": False, "temperature": None, "top_p": None, "top_k": None}
-    if temperature > 0:
-        sampling = {"do_sample": True, "temperature": temperature, "top_p": 1.0, "top_k": 0}
-    pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id
-    began = time.perf_counter()
-    with torch.no_grad():
-        tokens = loaded.generate(
-            ids, attention_mask=torch.ones_like(ids), max_new_tokens=max_new_tokens, pad_token_id=pad, **sampling
-        )[0]
-    seconds = time.perf_counter() - began
-    text = tokenizer.decode(tokens, skip_special_tokens=True)
-    new = tokens[ids.shape[1] :]
-    return {
-        "model": os.fspath(model),
-        "prompt": prompt,
-        "completion": tokenizer.decode(new, skip_special_tokens=True),
-        "text": text,
-        "new_tokens": len(new),
-        "seconds": seconds,
-        "tokens_per_second": len(new) / seconds if seconds > 0 else 0.0,
-        "device": str(loaded.device),
-        "dtype": str(loaded.dtype).removeprefix("torch."),
-    }

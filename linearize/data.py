@@ -86,7 +86,7 @@ def load_source(
         :source=NAME     only records whose field "source" is NAME (or the argument `source`)
         :split=NAME      of a Hub dataset, that split; of a folder, the files whose path names it; demo: train | heldout
         :config=NAME     of a Hub dataset, that configuration
-        :revision=NAME   of a Hub dataset, that branch, tag or commit
+        :revision=NAME   of a Hub dataset, that branch, tag or commit; also `owner/name@NAME`
         :shuffle=SEED    documents in an order drawn from SEED: files, then within 10,000 documents read ahead
         :documents=apart for a conversion (`packed`), which has to ask `documents_apart`: see there
 
@@ -248,6 +248,8 @@ def _shuffled(records: Iterable[Record], seed: int) -> Iterator[Record]:
 
 
 def _split_suffixes(data: str) -> tuple[str, dict[str, str]]:
+    if not data.strip():
+        raise UsageError("the data is empty", _PLACES)
     place, options = data, {}
     while (match := SUFFIX.match(place)) and not Path(place).exists():
         key = match["key"]
@@ -258,6 +260,11 @@ def _split_suffixes(data: str) -> tuple[str, dict[str, str]]:
         if key in options:
             raise UsageError(f"{data}: {key}= is given twice")
         place, options[key] = match["place"], match["value"]
+    name, at, revision = place.partition("@")
+    if at and HUB_ID.match(name) and not Path(place).exists():  # as models of the Hub are named, too
+        if options.setdefault("revision", revision) != revision or not revision:
+            raise UsageError(f"{data}: names a revision, and :revision= another", "Give one of them")
+        place = name
     return place, options
 
 
@@ -315,7 +322,7 @@ def _collect(records: Iterable[Record], place: str, source: str | None, limit_by
         known = ", ".join(sorted(seen - {"None"})[:8]) or "none at all"
         raise UsageError(f"{place}: no record of source {source!r}; there is {known}.{did_you_mean(source, seen)}")
     if not texts:
-        raise UsageError(f"{place}: holds no text")
+        raise UsageError(f"{place}: holds no text", _PLACES)
     return texts
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from typing import Any
 
-from linearize.errors import UsageError, did_you_mean
+from linearize.errors import RefusedError, UsageError, did_you_mean
 from linearize.records import INSTALL, Record, record_of, text_column
 
 ROLES = {"train": ("train",), "heldout": ("validation", "test")}
@@ -29,9 +29,11 @@ def hub_records(
 
     Raises:
         UsageError: `datasets` is absent, or the data set, its configuration, split or column is not to be had.
+            RefusedError: offline, and not in the cache.
     """
     try:
         import datasets
+        from huggingface_hub import constants
     except ImportError as error:
         raise UsageError(
             f"{name}: no such file here, and reading a Hub dataset needs the package datasets",
@@ -53,6 +55,11 @@ def hub_records(
     except UsageError:
         raise
     except Exception as error:  # the Hub's client has many kinds of failure, and each is the user's to act on
+        if constants.HF_HUB_OFFLINE:
+            raise RefusedError(
+                f"HF_HUB_OFFLINE is set, and the Hub dataset {name} is not in the cache",
+                "Unset it, or give a file or a folder.",
+            ) from error
         raise UsageError(
             f"{name}: cannot be read from the Hub ({type(error).__name__}: {error})",
             hint="Check the name and the network; HUB_ID:config=NAME picks a configuration",

@@ -10,6 +10,7 @@ import gzip
 import importlib.util
 import json
 import lzma
+import os
 import re
 import zlib
 from collections.abc import Iterator, Mapping, Sequence
@@ -47,7 +48,10 @@ def files_of(folder: Path, part: str | None) -> list[Path]:
     Raises:
         UsageError: there is none.
     """
-    files = sorted(p for p in folder.rglob("*") if p.is_file() and format_of(p) and not p.name.startswith("."))
+    if not os.access(folder, os.R_OK | os.X_OK):
+        raise UsageError(f"{folder}: cannot be read", "Check whose folder it is.")
+    found = (p for p in folder.rglob("*") if p.is_file() and format_of(p))
+    files = sorted(p for p in found if not any(name.startswith(".") for name in p.relative_to(folder).parts))
     if not files:
         raise UsageError(f"{folder}: no text file in this folder", hint=f"Readable: {_readable()}")
     if part is None:
@@ -98,7 +102,8 @@ def file_records(path: Path, column: str | None = None) -> Iterator[Record]:
                 yield from _table_records(file, path, kind, column)
     # A damaged archive raises any of these while it is being read.
     except (OSError, EOFError, lzma.LZMAError, zlib.error) as error:
-        raise UsageError(f"{path}: cannot be read ({error})") from error
+        reason = getattr(error, "strerror", None) or error
+        raise UsageError(f"{path}: cannot be read ({reason})", "Check that it is whole, and may be read.") from error
 
 
 def folder_records(files: Sequence[Path], column: str | None) -> Iterator[Record]:
@@ -149,7 +154,7 @@ def record_of(item: Any, path: Path | str, where: str, column: str | None = None
     text = item.get(field)
     if not isinstance(text, str):
         fields = ", ".join(map(str, list(item)[:8])) or "none"
-        problem = "is missing" if field not in item else f"is not a string but a {type(text).__name__}"
+        problem = "is missing" if field not in item else f"holds {type(text).__name__}, not text"
         hint = f"{CHOOSE} to say which holds the text" if column is None and field not in item else None
         raise UsageError(f"{path}, {where}: the field {field!r} {problem}; fields there: {fields}", hint)
     try:

@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import sys
 import traceback
@@ -34,6 +35,9 @@ _COMPLETION_BY_HAND = 'In bash: eval "$(_LINEARIZE_COMPLETE=source_bash lineariz
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one command line (without the program's name) and return the exit code."""
     arguments = list(sys.argv[1:] if argv is None else argv)
+    for name in ("stdout", "stderr"):
+        if getattr(sys, name) is None:  # closed by whoever called us
+            setattr(sys, name, open(os.devnull, "w"))  # noqa: SIM115 - for the rest of the process
     if not sys.stderr.isatty():
         os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")  # the libraries' bars too are for terminals
     try:
@@ -72,6 +76,10 @@ def _unexpected(error: Exception) -> int:
         return _failed("out of memory", 1, "Lower align.batch_tokens, finetune.batch_tokens or context")
     if isinstance(error, OSError) and error.strerror:
         place = f"{error.filename}: " if error.filename else ""
+        if error.errno in (errno.ENOSPC, errno.EDQUOT):
+            return _failed(f"{place or 'cannot write the result: '}{error.strerror}", 3, "Free some space")
+        if isinstance(error, PermissionError):
+            return _failed(f"{place}{error.strerror}", 2, "Check whose it is and who may read it")
         return _failed(f"{place}{error.strerror}", 1)
     return _failed(f"{kind}: {text}" if text else kind, 1, f"Set {DEBUG}=1 for the traceback")
 

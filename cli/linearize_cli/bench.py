@@ -10,7 +10,7 @@ from typing import Annotated, Any
 import typer
 
 from linearize.errors import UsageError
-from linearize_cli.commands import Device, Dtype, Json, app
+from linearize_cli.commands import Device, Dtype, Json, Revision, app
 from linearize_cli.output import human_bytes, only_json, print_json, print_table, say, seconds, watching
 
 _SIZE = re.compile(r"(\d+(?:\.\d+)?)\s*([kKmMgGtT]?)(?:i?[bB])?")
@@ -43,6 +43,7 @@ def bench(
         Path | None, typer.Option("--out", metavar="FILE.jsonl", help="Add each row to this file when it is there.")
     ] = None,
     seed: Annotated[int, typer.Option("--seed", metavar="N", min=0, max=2**32 - 1, help="Of the tokens.")] = 0,
+    revision: Revision = None,
     device: Device = "auto",
     dtype: Dtype = "auto",
     as_json: Json = False,
@@ -58,6 +59,9 @@ def bench(
       linearize bench out --against demo --contexts 256,768 --batches 1,4
       linearize bench out --against ./my-llama --contexts 2k,8k,32k --new-tokens 128 --plots plots --out bench.jsonl
     """
+    from linearize.artifacts.download import pin
+
+    out = pin(out, revision)
     wanted = None if contexts is None else _sizes("--contexts", contexts)
     many = _sizes("--batches", batches)
     most = None if max_memory is None else _size("--max-memory", max_memory)

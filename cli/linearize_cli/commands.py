@@ -37,7 +37,7 @@ Teacher = Annotated[
 ]
 Revision = Annotated[
     str | None,
-    typer.Option("--revision", metavar="REV", help="Of a MODEL of the Hub: a commit, tag or branch (or MODEL@REV)."),
+    typer.Option("--revision", metavar="REV", help="Of a model of the Hub, the first: a commit, tag or branch."),
 ]
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON object on stdout.")]
 _RECIPE = typer.Option(
@@ -158,6 +158,14 @@ def convert(
             help="A layer at a time, for a teacher larger than memory; without finetuning. Default: if it must be.",
         ),
     ] = None,
+    teacher_bits: Annotated[
+        int | None,
+        typer.Option(
+            "--teacher-bits",
+            metavar="8|4",
+            help="Bits of the frozen weights while training; the export is exact. Needs bitsandbytes.",
+        ),
+    ] = None,
     revision: Revision = None,
     as_json: Json = False,
 ) -> None:
@@ -172,6 +180,7 @@ def convert(
       linearize convert ./my-llama out -r my.yaml --data text.jsonl --plan
       linearize convert ./my-llama out -r my.yaml --data text.jsonl --resume
       linearize convert ./large-llama out -r lolcats --data text.jsonl --stream finetune.tokens=0
+      linearize convert ./large-llama out -r lolcats --data text.jsonl --teacher-bits 4
     """
     from linearize.artifacts.download import pin
     from linearize.recipe import load_recipe
@@ -180,11 +189,13 @@ def convert(
     if "=" in out and not Path(out).exists():
         raise UsageError(f"OUT is missing: {out} reads like a recipe key", "linearize convert MODEL OUT key=value ...")
     chosen = load_recipe(recipe, overrides or ())
+    if plan and resume:
+        raise UsageError("--plan starts nothing, so there is nothing to --resume", "Leave out one of them.")
     if plan:
         with only_json(as_json):
             from linearize.convert.plan import make_plan
 
-            result = make_plan(model, recipe=chosen, data=data, out=out, stream=stream)
+            result = make_plan(model, recipe=chosen, data=data, out=out, stream=stream, teacher_bits=teacher_bits)
         if as_json:
             return print_json(result)
         return print_plan(result, f"Plan: {model} to {out} with {chosen.name}")
@@ -196,12 +207,13 @@ def convert(
             from linearize.api import convert as run
 
             more: dict[str, Any] = {"resume": resume, "progress": progress, "report_to": report_to, "stream": stream}
-            result = run(model, out, recipe=chosen, data=data, **more)
+            result = run(model, out, recipe=chosen, data=data, teacher_bits=teacher_bits, **more)
         except KeyboardInterrupt:
             progress.close()
             tracking = [] if report_to == "none" else ["--report-to", report_to]
             way = [] if stream is None else ["--stream" if stream else "--no-stream"]
-            options = ["--recipe", recipe, "--data", data, *tracking, *way]
+            bits = [] if teacher_bits is None else ["--teacher-bits", str(teacher_bits)]
+            options = ["--recipe", recipe, "--data", data, *tracking, *way, *bits]
             say(_how_to_go_on(out, ["convert", model, out, *options, *(overrides or ())]))
             raise
         finally:
@@ -222,6 +234,7 @@ def audit(
     device: Device = "auto",
     dtype: Dtype = "auto",
     save: Annotated[bool, typer.Option("--save", help="Write the figures into OUT's card and manifest.")] = False,
+    revision: Revision = None,
     as_json: Json = False,
 ) -> None:
     """Say what the linear branch is worth: recovery R, each branch alone, and perplexity by position.
@@ -234,6 +247,9 @@ def audit(
       linearize audit out --against demo --data demo
       linearize audit out --against demo --data demo --save
     """
+    from linearize.artifacts.download import pin
+
+    out = pin(out, revision)
     with only_json(as_json), watching():
         from linearize.api import audit as run
 

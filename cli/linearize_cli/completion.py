@@ -54,7 +54,7 @@ def devices(incomplete: str) -> list[str]:
 
 def dtypes(incomplete: str) -> list[str]:
     """Names of dtypes."""
-    from linearize.recipe_schema import DTYPES
+    from linearize.recipe_readers import DTYPES
 
     return _beginning(DTYPES, incomplete)
 

@@ -8,7 +8,7 @@ from typing import Annotated, Any
 
 import typer
 
-from linearize_cli.commands import Device, Dtype, Json, app
+from linearize_cli.commands import Device, Dtype, Json, Revision, app
 from linearize_cli.output import console, make_progress, only_json, plural, print_json, program, say
 
 imports_app = typer.Typer(rich_markup_mode=None, help="Turn published linear checkpoints into ordinary exports.")
@@ -39,6 +39,7 @@ def import_lolcats(
         float | None,
         typer.Option("--lora-alpha", metavar="A", min=1e-6, max=1e6, help="Default: twice the rank, as published."),
     ] = None,
+    revision: Revision = None,
     device: Device = "auto",
     dtype: Dtype = "auto",
     as_json: Json = False,
@@ -53,6 +54,9 @@ def import_lolcats(
       linearize import lolcats meta-llama/Llama-3.1-8B out --distilled distill/model.pt --finetuned ft/model.pt
       linearize import lolcats ./my-llama out --distilled maps.pt --window 32 --json
     """
+    from linearize.artifacts.download import pin
+
+    base = pin(base, revision)
     progress = make_progress()
     with only_json(as_json):
         try:

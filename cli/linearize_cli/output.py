@@ -7,6 +7,7 @@ import json
 import math
 import os
 import sys
+import textwrap
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
@@ -20,6 +21,8 @@ SECONDS_BETWEEN_LINES = 5.0
 
 _PLAIN_WIDTH = 140
 _WIDE = 140
+_WORD = 24
+"""Longer words may be broken to keep a table."""
 _MATCH_TITLE = "How well each layer is matched (explained: share of the teacher's attention output)"
 _SHARES = ("match", "explained")
 
@@ -73,18 +76,45 @@ def print_report(title: str, report: Mapping[str, Any]) -> None:
 
 
 def print_table(rows: Sequence[Mapping[str, Any]], *, title: str | None = None, to: Console | None = None) -> None:
-    """Rows with the same or nearly the same keys, one column a key."""
+    """Rows with the same or nearly the same keys, one column a key; where they do not fit, one line a key."""
     from rich import box
     from rich.table import Table
 
+    target = to or console()
     names = list(dict.fromkeys(name for row in rows for name in row))
-    table = Table(box=box.SIMPLE_HEAD, title=title, title_justify="left", pad_edge=False)
+    if title:
+        target.print(title, style="italic", soft_wrap=True)
+    if _least_width(names, rows) > target.width:
+        return _print_records(names, rows, target)
+    table = Table(box=box.SIMPLE_HEAD, pad_edge=False)
     for name in names:
         numeric = all(isinstance(row.get(name), (int, float, type(None))) for row in rows)
         table.add_column(_label(name), justify="right" if numeric else "left", overflow="fold")
     for row in rows:
         table.add_row(*(figure(name, row.get(name)) for name in names))
-    (to or console()).print(table)
+    target.print(table)
+
+
+def _least_width(names: Sequence[str], rows: Sequence[Mapping[str, Any]]) -> int:
+    """Columns of a terminal in which a table still reads well: no ordinary word of it is broken."""
+    cells = {name: [_label(name), *(figure(name, row.get(name)) for row in rows)] for name in names}
+    words = [max((len(word) for cell in column for word in cell.split()), default=0) for column in cells.values()]
+    return sum(min(word, _WORD) for word in words) + 3 * len(names)
+
+
+def _print_records(names: Sequence[str], rows: Sequence[Mapping[str, Any]], target: Console) -> None:
+    first, *rest = names
+    width = max((len(_label(name)) for name in rest), default=0)
+    for row in rows:
+        target.print(f"{_label(first)} {figure(first, row.get(first))}".strip(), style="bold")
+        for name in rest:
+            if row.get(name) is None:
+                continue
+            label = f"  {_label(name):{width}}  "
+            room = max(target.width - len(label), _WORD)
+            for line in textwrap.wrap(figure(name, row[name]), room, break_on_hyphens=False) or [""]:
+                target.print(label + line, soft_wrap=True)
+                label = " " * len(label)
 
 
 @contextlib.contextmanager

@@ -7,7 +7,7 @@ from typing import Annotated, Any
 
 import typer
 
-from linearize_cli.commands import Context, Data, Device, Dtype, Json, Teacher, app
+from linearize_cli.commands import Context, Data, Device, Dtype, Json, Revision, Teacher, app
 from linearize_cli.output import console, only_json, plural, print_json, print_table, say, watching
 
 
@@ -25,6 +25,7 @@ def recall(
     ] = 64,
     context: Context = None,
     seed: Annotated[int, typer.Option("--seed", metavar="N", min=0, max=2**32 - 1, help="Of the pages.")] = 0,
+    revision: Revision = None,
     device: Device = "auto",
     dtype: Dtype = "auto",
     as_json: Json = False,
@@ -40,6 +41,9 @@ def recall(
       linearize recall out --against demo --data demo
       linearize recall out --against ./my-llama --data text.jsonl --distance 256 --distance 1500 --context 2048
     """
+    from linearize.artifacts.download import pin
+
+    out = pin(out, revision)
     with only_json(as_json), watching():
         from linearize.api import recall as run
 

@@ -6,7 +6,7 @@ from typing import Annotated
 
 import typer
 
-from linearize_cli.commands import Context, Device, Dtype, Json, app
+from linearize_cli.commands import Context, Device, Dtype, Json, Revision, app
 from linearize_cli.output import human_bytes, only_json, print_json, say, watching
 
 
@@ -28,6 +28,7 @@ def report(
     layer: Annotated[int | None, typer.Option("--layer", metavar="L", min=0, help="Attention map shown first.")] = None,
     head: Annotated[int | None, typer.Option("--head", metavar="H", min=0, help="Its head.")] = None,
     context: Context = None,
+    revision: Revision = None,
     device: Device = "auto",
     dtype: Dtype = "auto",
     as_json: Json = False,
@@ -44,6 +45,9 @@ def report(
       linearize report out --against demo --data demo
       linearize report out --against ./my-llama --data heldout.jsonl --bench bench.json --layer 3 --head 0
     """
+    from linearize.artifacts.download import pin
+
+    run = pin(run, revision)
     with only_json(as_json), watching():
         from linearize.api import report as make
 

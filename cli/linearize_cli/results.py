@@ -59,6 +59,8 @@ def print_plan(result: Mapping[str, Any], title: str) -> None:
     if result.get("streamed"):
         hidden = human_bytes(result["hidden_bytes"])
         _line(target, f"streamed, one layer at a time; of the disk, {hidden} are hidden states while it runs")
+    if result.get("teacher_bits"):
+        _line(target, f"frozen weights are held in {result['teacher_bits']} bit while it trains; the export is exact")
     if result["dropped"]:
         _line(target, f"dropped keys: {figure('', list(result['dropped']))}")
     _print_layers(result["layers"], target)
@@ -102,6 +104,10 @@ def print_conversion(result: Mapping[str, Any], title: str, out: str) -> None:
     error = result["merge_error"]
     _line(target, f"merge error (fp32) {error['merge']['max']:.2g}, rounding to {result['dtype']} "
                   f"{error['cast']['max']:.2g} (max |logit|)")  # fmt: skip
+    if (quantised := error.get("quantised")) is not None:
+        bits, far, mean = result["teacher_bits"], quantised["max"], quantised["mean"]
+        _line(target, f"Frozen weights were in {bits} bit while it trained; with the teacher's own, as written, a "
+                      f"logit differs by {far:.2g} at most, {mean:.2g} in mean.")  # fmt: skip
     if "streamed" in result:
         peak = human_bytes(result["streamed"]["peak_memory_bytes"])
         _line(target, f"Streamed, one layer at a time: {peak} of memory at most.")

@@ -7,7 +7,7 @@ from typing import Annotated
 import typer
 
 from linearize.errors import VerificationError
-from linearize_cli.commands import Json, app
+from linearize_cli.commands import Json, Revision, app
 from linearize_cli.output import only_json, plural, print_json, print_table, say
 
 
@@ -21,6 +21,7 @@ def verify(
         str | None,
         typer.Option("--data", metavar="PATH|HUB_ID|demo", help="Check the digest of the text it was trained on, too."),
     ] = None,
+    revision: Revision = None,
     as_json: Json = False,
 ) -> None:
     """Check that OUT is what its manifest says: files, weights, recipe, figures, and the teacher and text if given.
@@ -34,6 +35,9 @@ def verify(
       linearize verify out
       linearize verify out --against demo --data demo --json
     """
+    from linearize.artifacts.download import pin
+
+    out = pin(out, revision)
     with only_json(as_json):
         from linearize.artifacts.verify import verify as run
 

@@ -59,7 +59,7 @@ def atomic_directory(final: str | os.PathLike[str], *, replace: bool = False) ->
         else:
             require_empty(final)
             os.replace(work, final)  # POSIX: onto an absent or empty folder
-        _sync_path(final.parent)
+        sync_path(final.parent)
     except BaseException as error:
         shutil.rmtree(work, ignore_errors=True)
         with suppress(OSError):
@@ -119,7 +119,7 @@ def _write_file(path: Path, data: bytes, put: Callable[[Path, Path], None]) -> N
             file.flush()
             os.fsync(file.fileno())
         put(work, path)
-        _sync_path(path.parent)
+        sync_path(path.parent)
     except BaseException as error:
         with suppress(OSError):
             work.unlink(missing_ok=True)
@@ -196,14 +196,31 @@ def is_disk_full(error: BaseException) -> bool:
     return "No space left on device" in str(error) or f"os error {errno.ENOSPC})" in str(error)
 
 
+@contextmanager
+def full_disk_named(place: Path) -> Iterator[None]:
+    """Let a full disk within the block raise RefusedError, wherever it shows.
+
+    Raises:
+        RefusedError: it is.
+    """
+    try:
+        yield
+    except OSError as error:
+        if not is_disk_full(error):
+            raise
+        raise RefusedError(
+            f"no space left on the disk of {place}", "Free some space, then go on with --resume"
+        ) from error
+
+
 def sync_tree(folder: Path) -> None:
     """Flush every file and folder below `folder`, and the folder itself, to disk."""
     for root, _, names in os.walk(folder, topdown=False):
         for name in names:
             path = Path(root, name)
             if not path.is_symlink():
-                _sync_path(path)
-        _sync_path(Path(root))
+                sync_path(path)
+        sync_path(Path(root))
 
 
 def _open_up(folder: Path) -> None:
@@ -214,7 +231,8 @@ def _open_up(folder: Path) -> None:
             path.chmod(path.stat().st_mode | mode)
 
 
-def _sync_path(path: Path) -> None:
+def sync_path(path: Path) -> None:
+    """Flush one file to disk, or the names in one folder."""
     handle = os.open(path, os.O_RDONLY)
     try:
         os.fsync(handle)

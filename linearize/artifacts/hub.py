@@ -18,12 +18,13 @@ from typing import Any
 
 from linearize.artifacts.atomic import sha256
 from linearize.artifacts.download import CARD, HUB_FILES, HUB_ID, NEVER
+from linearize.artifacts.exports import require_export
 from linearize.artifacts.kind import is_masked
-from linearize.artifacts.licence import NAMELESS, OTHER, UNKNOWN, require_licence
+from linearize.artifacts.licence import COMMON, NAMELESS, OTHER, UNKNOWN, require_licence
 from linearize.artifacts.manifest import EDITABLE, MANIFEST, read_manifest, verify_manifest
 from linearize.artifacts.scan import CREDENTIAL, scan
 from linearize.artifacts.upload import upload
-from linearize.errors import RefusedError, UsageError
+from linearize.errors import RefusedError, UsageError, did_you_mean
 
 SENT = (*HUB_FILES, "*.py")
 """What may be sent: what a download fetches, and the code of an export. A manifest must list it, too."""
@@ -120,9 +121,7 @@ def pack(
     folder = Path(out).expanduser()
     if not folder.is_dir():
         raise UsageError(f"OUT {os.fspath(out)!r:.200} is no folder", "Give a folder that linearize convert made.")
-    if not (folder / MANIFEST).is_file():
-        raise UsageError(f"{folder} has no {MANIFEST}: it is not a finished export of linearize",
-                         "Give the OUT of linearize convert.")  # fmt: skip
+    require_export(folder, os.fspath(out))
     if problems := verify_manifest(folder):
         more = f" (and {len(problems) - 1} more)" if len(problems) > 1 else ""
         raise UsageError(problems[0] + more, "Only an export that is as it was written is sent.")
@@ -194,6 +193,8 @@ def _card(folder: Path, repo: str, manifest: Mapping[str, Any], license: str | N
     notes = []
     stated = card.data.license
     if license is not None:
+        if license not in COMMON and (near := did_you_mean(license, COMMON)):
+            notes.append(f"--license {license} is none of the common ids of the Hub.{near}")
         if stated and stated != license:
             notes.append(f"the card says licence {stated}, and --license {license} is what is sent")
             card.data.license_name = card.data.license_link = None

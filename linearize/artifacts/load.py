@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 from linearize.artifacts.config_reader import CONFIG, OUR_PREFIX, build_config, by_our_names, read_config, stored_dtype
 from linearize.artifacts.download import HUB_FILES, TOKENIZER_FILES, brief, commit_of, download, split_revision
+from linearize.artifacts.exports import GO_ON, unfinished_out
 from linearize.artifacts.fit import key_problems, require_weights_for
 from linearize.artifacts.manifest import MANIFEST, verify_manifest
 from linearize.artifacts.tokenizer_files import check_tokenizer_files, readable
@@ -46,6 +47,8 @@ def resolve(model: str | os.PathLike[str]) -> Path:
         raise UsageError(f"{name} is a file; a model is a folder with config.json, safetensors and a tokenizer")
     if not path.parent.is_dir() and split_revision(name) is not None:
         return download(name)
+    if name and unfinished_out(path) is not None:
+        raise UsageError(f"there is no model {name!r} yet: its conversion did not finish", GO_ON)
     near = did_you_mean(path.name, _names(path.parent) + ([DEMO] if path.parent == Path() else []))
     raise UsageError(f"there is no model {name!r}.{near}", "Give a folder, a Hub id (owner/name) or demo.")
 
@@ -88,13 +91,14 @@ def load_model(
     dtype: Any = "auto",
     attn_implementation: str | None = None,
     finite: bool = True,
+    bits: int | None = None,
 ) -> Any:
     """A native or linearized causal LM from a local folder, checked first, in eval mode on `device`.
 
     `dtype` is a name, a torch.dtype or "auto" (as stored). Only local safetensors are read, remote code is never run,
     and `attn_implementation` (None: what the config needs) is ours to choose. UsageError if a weight is missing, left
     over or of another shape; RefusedError if one is NaN or Inf, which costs a reading of the files that `finite=False`
-    spares.
+    spares. `bits` 8 or 4: its linear layers are quantised, see `quantised.py`.
     """
     import torch
 
@@ -104,6 +108,11 @@ def load_model(
     kind = dtype if isinstance(dtype, torch.dtype) else select_dtype(dtype, folder)
     config = build_config(folder)
     require_weights_for(folder, config)
+    more: dict[str, Any] = {}
+    if bits is not None:
+        from linearize.artifacts.quantised import make_trainable_through, quantised_loading
+
+        more = quantised_loading(bits, where)
     try:
         with no_bars():
             model, info = auto_class(config).from_pretrained(
@@ -116,6 +125,7 @@ def load_model(
                 use_safetensors=True,
                 output_loading_info=True,
                 ignore_mismatched_sizes=True,  # they are refused below, by name
+                **more,
             )
     except LinearizeError:
         raise
@@ -124,6 +134,10 @@ def load_model(
     problems = key_problems(folder, config, info)
     if problems:
         raise UsageError(problems[0], "Its config does not describe these weights.")
+    if bits is not None:  # it was made where it lies; what is made of its config is not quantised
+        make_trainable_through(model)
+        del model.config.quantization_config
+        return model.eval()
     return model.to(where).eval()
 
 
@@ -249,7 +263,7 @@ def _demo() -> Path:
 
 def _names(folder: Path) -> list[str]:
     try:
-        return [entry.name for entry in folder.iterdir()]
+        return [entry.name for entry in folder.iterdir() if entry.is_dir()]
     except OSError:
         return []
 

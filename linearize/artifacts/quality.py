@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from linearize.artifacts.download import CARD, commit_of, display_name, origin, pinned
+from linearize.artifacts.exports import require_export
 from linearize.artifacts.manifest import EDITABLE, MANIFEST, read_manifest, versions
 from linearize.artifacts.weights import digest_checkpoint
 from linearize.errors import RefusedError, UsageError
@@ -47,6 +48,7 @@ def require_savable(out: Any, against: Any) -> Path:
     folder, teacher = resolve(out), resolve(against)
     if commit_of(folder) is not None or not Path(out).expanduser().is_dir():
         raise UsageError(f"--save writes into OUT, and {os.fspath(out)} is not a folder of yours", "Save a copy first.")
+    require_export(folder, os.fspath(out))
     manifest = read_manifest(folder)
     _parsed(_read_card(folder))
     if not os.access(folder, os.W_OK | os.X_OK):

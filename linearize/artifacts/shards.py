@@ -17,7 +17,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from linearize.artifacts.atomic import is_disk_full
+from linearize.artifacts.atomic import is_disk_full, sync_path
 from linearize.artifacts.pieces import TYPES, as_bytes
 from linearize.artifacts.weights import INDEX, SINGLE
 from linearize.errors import RefusedError
@@ -92,9 +92,10 @@ class ShardWriter:
         return digest.hexdigest()
 
     def flush(self) -> None:
-        """Return when all that was written lies on the disk."""
+        """Return when all that was written lies on the disk, the names of the files too."""
         for handle in self._open.values():
             os.fsync(handle)
+        sync_path(self.folder)
 
     def finish(self) -> list[Path]:
         """Flush, write the index of more than one shard, and name the files."""

@@ -18,6 +18,7 @@ from typing import Any
 
 from linearize.artifacts.config_reader import CONFIG, build_config, read_config
 from linearize.artifacts.download import CARD, HUB_FILES, TERMS, brief, commit_of
+from linearize.artifacts.exports import require_export
 from linearize.artifacts.fit import key_problems
 from linearize.artifacts.load import check_checkpoint, load_tokenizer, no_bars, resolve
 from linearize.artifacts.manifest import EDITABLE, MANIFEST, code_digest, read_manifest, verify_manifest, versions
@@ -64,9 +65,10 @@ def verify(
         result: ok | differs | noted | not checked), and files: listed, bytes, unlisted.
 
     Raises:
-        UsageError: there is no such folder, teacher or text.
+        UsageError: there is no such folder, teacher or text, or OUT is no finished export.
     """
     folder = resolve(out)
+    require_export(folder, os.fspath(out))
     teacher = None if against is None else resolve(against)
     found = _Findings()
     report: dict[str, Any] = {"out": os.fspath(out), "ok": False, "files": {"listed": 0, "bytes": 0, "unlisted": []}}
@@ -195,6 +197,7 @@ _CARD = (
     (r"^- finetune: running mean of the .* loss (\S+) at", ("figures", "stages", "finetune", "loss_first"), "{:.4g}"),
     (r"^- finetune: .* and (\S+) at the end", ("figures", "stages", "finetune", "loss_last"), "{:.4g}"),
     (r"moved a logit by (\S+) at most", ("figures", "merge_error", "cast", "max"), "{:.2g}"),
+    (r"a logit differs by at most (\S+) from training's", ("figures", "merge_error", "quantised", "max"), "{:.2g}"),
 )  # fmt: skip
 
 

@@ -14,6 +14,7 @@ from linearize.artifacts.download import pinned
 from linearize.artifacts.licence import OTHER, UNKNOWN, as_metadata
 from linearize.artifacts.quality import unmeasured
 from linearize.modeling.mixer_spec import MixerSpec
+from linearize.teacher_bits import KINDS
 
 CARD = """
 # {title}, linearized
@@ -167,7 +168,8 @@ def _base(origin: Mapping[str, Any]) -> str:
 
 def _command(facts: Mapping[str, Any]) -> str:
     words = ["linearize", "convert", pinned(facts["origin"]), "OUT", "--recipe", "recipe.yaml", "--data"]
-    return shlex.join([*words, facts["text"]["name"]])
+    bits = facts.get("teacher_bits")
+    return shlex.join([*words, facts["text"]["name"], *([] if bits is None else ["--teacher-bits", str(bits)])])
 
 
 def _figures(facts: Mapping[str, Any]) -> list[str]:
@@ -182,6 +184,12 @@ def _figures(facts: Mapping[str, Any]) -> list[str]:
                 f"- {name}: running mean of the training loss {first:.4g} at the start and {last:.4g} at the end, over "
                 "different batches"
             )
+    if facts.get("teacher_bits") is not None:
+        lines.append(
+            f"- while it was trained the frozen weights were held in {KINDS[facts['teacher_bits']]}; these are the "
+            f"teacher's own again: a logit differs by at most {facts['quantised']['max']:.2g} from training's, in mean "
+            f"by {facts['quantised']['mean']:.2g}"
+        )
     lines.append(f"- merging and casting to {facts['dtype']} moved a logit by {facts['merge_error']:.2g} at most")
     return lines
 

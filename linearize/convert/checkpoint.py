@@ -31,6 +31,7 @@ from linearize.artifacts.atomic import atomic_directory, sha256, write_json
 from linearize.artifacts.weights import read_header, read_json, require_inside, require_regular
 from linearize.convert.early import LOCK, checkpoints, in_use, run_folder, sign_lock, unfinished
 from linearize.convert.optim import AnyOptimizer
+from linearize.convert.same_run import require_same
 from linearize.errors import RefusedError, UsageError
 
 STAGES = ("align", "finetune")
@@ -63,6 +64,8 @@ class Run:
     last_save: float = field(default_factory=time.monotonic)
     cost: float = 0.0
     """Seconds the last save took."""
+    asked: dict[str, Any] = field(default_factory=dict)
+    """What was asked for, in the user's words; kept in the record, so that a resume can say what differs."""
 
     @property
     def room(self) -> Path:
@@ -141,6 +144,8 @@ def _take_lock(path: Path, out: Path) -> int:
         try:
             if path.is_symlink():
                 raise RefusedError(f"{path} is a link", "Remove it or choose another OUT")
+            if path.exists() and not path.is_dir():
+                raise RefusedError(f"{path} is not a folder", "Remove it or choose another OUT")
             path.mkdir(parents=True, exist_ok=True)
             lock = os.open(path / LOCK, os.O_CREAT | os.O_RDWR | os.O_NOFOLLOW, 0o644)
         except OSError as error:
@@ -191,22 +196,20 @@ def find_start(run: Run, identity: Mapping[str, Any], *, resume: bool) -> Checkp
             checkpoints is whole.
     """
     found = checkpoints(run.path)
+    before = record(run)
     if not found:
+        if resume and before:  # killed before its first checkpoint
+            require_same(run.path, before, identity, run.asked, saved=False)
         return None
     if not resume:
         raise unfinished(run.path)
     newest = latest(run)
     if newest is None:
         raise RefusedError(
-            f"{found[-1]}: is damaged, and no other checkpoint is whole", f"Delete {run.path} to start over"
+            f"{found[-1]}: is damaged, and no other checkpoint is whole",
+            f"To start over, delete {run.path} and leave out --resume.",
         )
-    before = record(run)
-    differing = [key for key, value in identity.items() if before.get(key) != value]
-    if differing:
-        raise RefusedError(
-            f"{run.path}: holds an unfinished run of another conversion; differing: {', '.join(differing)}",
-            "Delete that folder, choose another OUT, or give the same recipe, model and data",
-        )
+    require_same(run.path, before, identity, run.asked)
     # What lies behind the newest whole one is damaged, and would count as new when old ones are dropped.
     _drop(folder for folder in found if folder.name > newest.path.name)
     _drop(checkpoints(run.path)[:-KEEP])
@@ -225,7 +228,7 @@ def noted(path: Path) -> dict[str, Any]:
 
 def write_record(run: Run, values: Mapping[str, Any]) -> None:
     """Say what this run is, and what a resume needs to know before it can load a checkpoint."""
-    write_json(run.path / RUN, dict(values))
+    write_json(run.path / RUN, dict(values) | ({"asked": run.asked} if run.asked else {}))
 
 
 def save(run: Run, *, stage: str, step: int, tensors: Mapping[str, Tensor], state: Mapping[str, Any]) -> None:

@@ -12,10 +12,12 @@ from contextlib import suppress
 from pathlib import Path
 
 from linearize.artifacts.atomic import require_empty
+from linearize.artifacts.exports import RUN, run_folder
 from linearize.artifacts.load import resolve
+from linearize.artifacts.manifest import MANIFEST
 from linearize.convert.families import require_family
 from linearize.data import require_place
-from linearize.errors import RefusedError
+from linearize.errors import RefusedError, UsageError, did_you_mean
 
 LOCK = "lock"
 
@@ -26,21 +28,39 @@ def refuse_early(model: str | os.PathLike[str], out: str | os.PathLike[str], dat
     Raises:
         UsageError, RefusedError: see `convert`.
     """
-    require_out(Path(os.path.abspath(out)), resume=resume)
+    require_out(path_of(out), resume=resume)
     require_place(data)
     require_family(resolve(model))
 
 
-def require_out(out: Path, *, resume: bool) -> None:
-    """Refuse an OUT that holds something, cannot be made, that another process writes, or that has an unfinished run.
+def path_of(out: str | os.PathLike[str]) -> Path:
+    """OUT, absolute.
 
     Raises:
-        RefusedError: it does.
+        UsageError: it is empty, as an unset variable of a shell is.
     """
+    if not os.fspath(out).strip():
+        raise UsageError("OUT is empty", "Name the folder to make.")
+    return Path(os.path.abspath(out))
+
+
+def require_out(out: Path, *, resume: bool) -> None:
+    """Refuse an OUT that holds something, cannot be made, that another process writes, or that has an unfinished run;
+    with `resume`, one that has none.
+
+    Raises:
+        RefusedError: it does. UsageError: there is nothing to resume.
+    """
+    if resume and (out / MANIFEST).is_file():
+        raise RefusedError(
+            f"{out} is a finished conversion: there is nothing to resume", "To convert again, choose another OUT."
+        )
     require_empty(out)
     require_place_for(out)
     require_unlocked(out)
-    if not resume:
+    if resume:
+        require_run(out)
+    else:
         require_no_run(out)
 
 
@@ -57,11 +77,6 @@ def require_place_for(out: Path) -> None:
         raise RefusedError(f"{out}: {parent} is not a folder", "Choose another OUT")
     if not os.access(parent, os.W_OK | os.X_OK):
         raise RefusedError(f"{out}: {parent} cannot be written to", "Choose another OUT")
-
-
-def run_folder(out: Path) -> Path:
-    """Where the state of an unfinished conversion into `out` lives."""
-    return out.parent / f".{out.name}.linearize-run"
 
 
 def checkpoints(path: Path) -> list[Path]:
@@ -96,6 +111,19 @@ def require_no_run(out: Path) -> None:
     path = run_folder(out)
     if checkpoints(path):
         raise unfinished(path)
+
+
+def require_run(out: Path) -> None:
+    """Refuse early to resume what was never begun. A run that was killed before its first checkpoint was begun.
+
+    Raises:
+        UsageError: no run folder of `out` lies there.
+    """
+    if os.path.lexists(run_folder(out)):
+        return
+    beside = [path.name for path in out.parent.glob(f".*{RUN}")] if out.parent.is_dir() else []
+    near = did_you_mean(out.name, (name[1 : -len(RUN)] for name in beside))
+    raise UsageError(f"{out} has no unfinished run to resume.{near}", "Leave out --resume to begin.")
 
 
 def unfinished(path: Path) -> RefusedError:

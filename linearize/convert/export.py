@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +23,9 @@ from linearize.modeling.family_table import TASKS, lookup
 
 SHARD = "5GB"
 GENERATION = "generation_config.json"
+NARROWER = (torch.bfloat16, torch.float16)
+NARROW = "linearize_narrow"
+"""Where a module keeps its own weights while it runs with wider ones."""
 
 
 @torch.no_grad()
@@ -30,11 +34,38 @@ def merge(student: Any, ids: Tensor, dtype: torch.dtype, task: Task = CAUSAL) ->
 
     Returns {"merge": .., "cast": ..}, both {"max", "mean"} of |logits - logits before| in fp32.
     """
-    before = _logits(student, ids, task)
-    extract(student, merge=True)
-    merged = _logits(student, ids, task)
+    with in_float32(student):
+        before = logits_of(student, ids, task)
+        extract(student, merge=True)
+        merged = logits_of(student, ids, task)
     cast(student, dtype)
-    return {"merge": _distance(merged, before), "cast": _distance(_logits(student, ids, task), before)}
+    return {"merge": _distance(merged, before), "cast": _distance(logits_of(student, ids, task), before)}
+
+
+@contextmanager
+def in_float32(model: Any) -> Iterator[None]:
+    """Within the block every module computes with float32 weights: one stored narrower is widened while it runs."""
+
+    def widen(module: Any, args: Any) -> None:
+        module.__dict__[NARROW] = {
+            name: (p, p.data) for name, p in module._parameters.items() if p is not None and p.dtype in NARROWER
+        }
+        for parameter, value in module.__dict__[NARROW].values():
+            parameter.data = value.float()
+
+    def narrow(module: Any, args: Any, output: Any) -> None:
+        for parameter, value in module.__dict__.pop(NARROW).values():
+            parameter.data = value
+
+    handles = []
+    for module in model.modules():
+        if any(p is not None and p.dtype in NARROWER for p in module._parameters.values()):
+            handles += [module.register_forward_pre_hook(widen), module.register_forward_hook(narrow, always_call=True)]
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
 
 
 def cast(student: Any, dtype: torch.dtype) -> None:
@@ -49,7 +80,8 @@ def cast(student: Any, dtype: torch.dtype) -> None:
     student.config.dtype = dtype
 
 
-def _logits(model: Any, ids: Tensor, task: Task) -> Tensor:
+def logits_of(model: Any, ids: Tensor, task: Task) -> Tensor:
+    """Of ids [B, T], fp32 [B, T, V]."""
     return model(**task.call(ids)).logits.float()
 
 

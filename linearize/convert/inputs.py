@@ -24,6 +24,7 @@ from linearize.convert.task import Apart, Task, task_of
 from linearize.data import Source, documents_apart, load_source
 from linearize.errors import RefusedError, UsageError
 from linearize.recipe import Recipe
+from linearize.teacher_bits import require_quantisable
 
 BYTES_PER_TOKEN = 8
 """Text read per token that is wanted: more than any usual tokenizer needs."""
@@ -55,6 +56,8 @@ class Inputs:
     """Of the teacher's files."""
     way: Way
     """Whether a layer at a time, and what it takes."""
+    teacher_bits: int | None = None
+    """Of the frozen weights while it trains; None: as they are."""
 
 
 def gather(
@@ -65,10 +68,11 @@ def gather(
     device: torch.device,
     *,
     stream: bool | None = None,
+    teacher_bits: int | None = None,
 ) -> Inputs:
     """Check model, recipe, data and disk, cheapest first; load nothing but text and tokenizer.
 
-    `stream`: a layer at a time; None: if the ordinary way does not fit into memory.
+    `stream`: a layer at a time; None: if the ordinary way does not fit into memory. `teacher_bits`: see `Inputs`.
 
     Raises:
         UsageError, RefusedError: see `convert`.
@@ -79,10 +83,14 @@ def gather(
     config, stored = plan.teacher_config(folder)
     layout = plan.Layout.of(config, recipe)
     account(read_tensors(folder), plan.native_keys(config), config)
+    if teacher_bits is not None:
+        require_quantisable(config.model_type)
     sizes = layout.sizes()
     shapes = plan.stage_shapes(recipe, alignable=sizes["align"] > 0)
     dtype = select_dtype(stored if recipe.dtype == "auto" else recipe.dtype)
-    way = choose_way(config, recipe, layout, shapes=shapes, stored=stored, device=device, asked=stream)
+    way = choose_way(
+        config, recipe, layout, shapes=shapes, stored=stored, device=device, asked=stream, teacher_bits=teacher_bits
+    )
     require_free_space(out, way.disk_bytes)
     tokenizer = load_tokenizer(folder)
     apart = documents_apart(data)
@@ -121,6 +129,7 @@ def gather(
         dtype=dtype,
         teacher_dtype=select_dtype(stored),
         way=way,
+        teacher_bits=teacher_bits,
     )
 
 
@@ -131,8 +140,14 @@ def identity_of(inputs: Inputs) -> dict[str, str]:
         "teacher": digest_checkpoint(inputs.folder),
         "data": hashlib.sha256(inputs.training.tobytes()).hexdigest(),
         "streamed": "yes" if inputs.way.streamed else "no",
+        "teacher_bits": str(inputs.teacher_bits or "as stored"),
         "documents": "apart" if isinstance(inputs.task, Apart) else "joined",
     }
+
+
+def asked_of(inputs: Inputs) -> dict[str, Any]:
+    """The same in the user's words: the recipe's values, and the names of teacher and text."""
+    return {"recipe": inputs.recipe.as_dict(), "teacher": inputs.name, "data": inputs.source.name}
 
 
 def _require_apart(recipe: Recipe, *, streamed: bool) -> None:

@@ -6,12 +6,14 @@ peft's own merge writes into the base weight, which a student shares with its te
 from __future__ import annotations
 
 from collections.abc import Collection
+from importlib.util import find_spec
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
+from linearize.artifacts.quantised import import_bitsandbytes
 from linearize.convert.families import module_paths
 from linearize.convert.optim import derived_seed
 from linearize.errors import UsageError, did_you_mean
@@ -59,6 +61,8 @@ def width_of(module: Any) -> int:
 
 def inject(student: Any, lora: Lora, *, seed: int) -> dict[str, nn.Parameter]:
     """Give every target an adapter, initialised from `seed` on the CPU; the new parameters by name, fp32."""
+    if find_spec("bitsandbytes") is not None:
+        import_bitsandbytes()  # peft would
     from peft import LoraConfig, inject_adapter_in_model
 
     names = target_modules(student, lora.targets)
@@ -93,13 +97,13 @@ def merged_weight(module: Any) -> Tensor:
 
 
 def extract(student: Any, *, merge: bool) -> None:
-    """Take all adapters out again, merged into weights of the student's own (`merge`) or dropped."""
+    """Take all adapters out again, merged into weights of the student's own, in fp32 (`merge`), or dropped."""
     for name, module in list(student.named_modules()):
         if not (hasattr(module, "base_layer") and hasattr(module, "lora_A")):
             continue
         base = module.base_layer
         if merge:
-            base.weight = nn.Parameter(merged_weight(module).to(base.weight.dtype), requires_grad=False)
+            base.weight = nn.Parameter(merged_weight(module), requires_grad=False)
         parent, _, leaf = name.rpartition(".")
         setattr(student.get_submodule(parent), leaf, base)
     student.__dict__.pop("peft_config", None)

@@ -2,6 +2,8 @@
 
     teacher (fp32, frozen) --surgery--> student (shares every frozen weight) --align--> --finetune--> merge --> OUT
 
+With `teacher_bits` what is frozen is quantised until the merge; see `exact.py`.
+
 Everything random is derived from the recipe's seed and a step number, so a resumed run repeats the uninterrupted one.
 """
 
@@ -20,14 +22,14 @@ import torch
 
 from linearize.artifacts.atomic import atomic_directory, require_empty
 from linearize.artifacts.load import load_model, no_bars, select_device
-from linearize.convert import checkpoint, export
+from linearize.convert import checkpoint, exact, export
 from linearize.convert.align import align_layers, aligned_names, match
 from linearize.convert.calibrate import calibrate
 from linearize.convert.checkpoint import Checkpoint, Run, open_run
 from linearize.convert.early import require_out, run_folder
 from linearize.convert.finetune import Trained, finetune_model, kept_names, mean_loss, prepare
 from linearize.convert.history import write_history
-from linearize.convert.inputs import Inputs, gather, identity_of
+from linearize.convert.inputs import Inputs, asked_of, gather, identity_of
 from linearize.convert.optim import deterministic, fast_products
 from linearize.convert.plan import Layout
 from linearize.convert.preflight import preflight
@@ -36,11 +38,13 @@ from linearize.convert.restore import restoring, settled
 from linearize.convert.select import choose_layers
 from linearize.convert.stages import StageState, shown, timed
 from linearize.convert.stream_convert import convert_streamed
+from linearize.convert.stream_run import give_back
 from linearize.convert.surgery import SurgeryReport, linearize_model, trained_names
 from linearize.convert.verify import expect, verify_export
 from linearize.errors import VerificationError
 from linearize.progress import NullProgress, Progress
 from linearize.recipe import Recipe, load_recipe
+from linearize.teacher_bits import require_teacher_bits
 from linearize.tracking import NONE, require_tracker, tracked
 
 CALIBRATION_CHECK = 4
@@ -60,10 +64,12 @@ def convert(
     progress: Progress | None = None,
     report_to: str = NONE,
     stream: bool | None = None,
+    teacher_bits: int | None = None,
 ) -> dict[str, Any]:
     """Convert `model` into a linear-time model in the folder `out`; `report_to`: see `linearize.tracking`.
 
     `stream`: a layer at a time (`stream.py`); None: where the ordinary way does not fit into memory, or as it began.
+    `teacher_bits`: 8 or 4, of the frozen weights while it trains; None: as they are.
 
     Returns the report: seconds, tokens and losses of each stage, match of each layer, merge error, verification, sizes.
 
@@ -73,6 +79,7 @@ def convert(
     """
     chosen = recipe if isinstance(recipe, Recipe) and not overrides else load_recipe(recipe, overrides)
     require_tracker(report_to)
+    require_teacher_bits(teacher_bits, stream=stream)
     watch = progress or NullProgress()
     target = Path(os.path.abspath(out))
     begin = time.monotonic()
@@ -80,13 +87,16 @@ def convert(
     device = select_device(chosen.device)
     if stream is None and resume:
         stream = {"yes": True, "no": False}.get(checkpoint.noted(run_folder(target)).get("streamed", ""))
-    inputs = gather(model, target, chosen, data, device, stream=stream)
+    inputs = gather(model, target, chosen, data, device, stream=stream, teacher_bits=teacher_bits)
     if inputs.way.said:
         watch.message(inputs.way.said)
     identity = identity_of(inputs)
     with open_run(target) as run, deterministic(), no_bars(), torch.random.fork_rng(devices=_devices(device)):
         require_empty(target)
+        run.asked = asked_of(inputs)
         start = checkpoint.find_start(run, identity, resume=resume)
+        if resume and start is None:
+            watch.message("the run was killed before it had saved anything: it begins anew")
         if start is not None:
             where = f"layer {start.step}" if inputs.way.streamed else f"step {start.step}"
             watch.message(f"going on from {where} of {start.stage}")
@@ -105,7 +115,8 @@ def _convert(
     """Everything from loading the teacher on."""
     seconds: dict[str, float] = {}
     with timed(seconds, "load"):
-        teacher = load_model(inputs.folder, device=inputs.device, dtype=torch.float32, finite=False)  # it was checked
+        how: dict[str, Any] = {"device": inputs.device, "dtype": torch.float32, "bits": inputs.teacher_bits}
+        teacher = load_model(inputs.folder, **how, finite=False)  # it was checked
         teacher.requires_grad_(False)
     stages = [shape.name for shape in inputs.shapes if shape.steps]
     micro, kept = settled(run, stages) if start is not None else (None, None)
@@ -134,8 +145,16 @@ def _convert(
     seconds |= {"align": aligned.seconds, "finetune": finetuned.seconds}
     task = inputs.task
     ids = task.examples(inputs.windows[:2, :PROBE], inputs.recipe.seed, "probe")[0].to(inputs.device)
+    errors, device = {}, inputs.device
     with timed(seconds, "merge"):
-        errors = export.merge(student, ids, inputs.dtype, task)
+        if inputs.teacher_bits is not None:
+            left = exact.take(inputs, student, _owned(inputs), ids)
+            del student
+            give_back()
+            student, errors["quantised"] = exact.put_together(inputs, left, ids)
+            device = student.device
+            ids = ids.to(device)
+        errors |= export.merge(student, ids, inputs.dtype, task)
     report = make_report(inputs, student, surgery, trained, aligned, finetuned, calibration, errors, seconds)
     with atomic_directory(inputs.out) as folder:
         with timed(seconds, "export"):
@@ -143,23 +162,34 @@ def _convert(
         with timed(seconds, "verify"):
             watch.message("loading the export in fresh processes")
             expected = expect(student, inputs.tokenizer, ids, task)
-            student.to("cpu")
+            student.to("cpu" if inputs.teacher_bits is None else "meta")
             _free(inputs.device)  # the fresh processes need the memory
-            report["verification"] = verify_export(folder, expected, device=inputs.device, room=run.room)
+            report["verification"] = verify_export(folder, expected, device=device, room=run.room)
         write_history(folder, {"align": aligned.history, "finetune": finetuned.history})
         export.finish_export(folder, provenance(inputs, identity, report))
     return report
 
 
 def _operate(inputs: Inputs, teacher: Any) -> tuple[Any, SurgeryReport]:
+    recipe, layout, owned = inputs.recipe, inputs.layout, _owned(inputs)
+    with exact.stored_exactly(inputs) as stored:
+        return linearize_model(
+            teacher,
+            spec=recipe.mixer,
+            layer_mixers=layout.mixers,
+            seed=recipe.seed,
+            own=owned.__contains__,
+            exact=stored,
+        )
+
+
+def _owned(inputs: Inputs) -> set[str]:
+    """The teacher's tensors that are trained."""
     recipe, layout = inputs.recipe, inputs.layout
-    owned = {
+    return {
         *aligned_names(layout.student, recipe.align, layout.linear),
         *trained_names(layout.student, recipe.finetune.full),
     }
-    return linearize_model(
-        teacher, spec=recipe.mixer, layer_mixers=layout.mixers, seed=recipe.seed, own=owned.__contains__
-    )
 
 
 def _choose(inputs: Inputs, teacher: Any, kept: list[int] | None, watch: Progress) -> Inputs:

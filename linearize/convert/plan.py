@@ -7,6 +7,10 @@ import os
 from pathlib import Path
 from typing import Any
 
+from torch import nn
+from transformers.pytorch_utils import Conv1D
+
+from linearize.artifacts.quantised import WEIGHT_BYTES
 from linearize.convert.checkpoint import KEEP
 from linearize.convert.families import check_fit, check_stages, family_of, head_dim, inner_size, require_family
 from linearize.convert.finetune import PIECE
@@ -17,6 +21,7 @@ from linearize.errors import UsageError
 from linearize.modeling.encoder_spec import usable_positions
 from linearize.modeling.family_table import PREFIX, auto_class, lookup
 from linearize.recipe import Recipe
+from linearize.teacher_bits import require_quantisable, require_teacher_bits
 
 CONTEXTS = (2_048, 32_768, 131_072)
 DTYPE_BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
@@ -49,13 +54,15 @@ def make_plan(
     data: str | None = None,
     out: str | os.PathLike[str] | None = None,
     stream: bool | None = None,
+    teacher_bits: int | None = None,
 ) -> dict[str, Any]:
     """Layers, parameters, tokens, memory and disk of a conversion; nothing is started or written.
 
     Returns plain values: family, layers [{index, from, to, heads, kv_heads, head_dim, feature_dim, state_bytes,
     new_parameters}], parameters, new_parameters, trained {align, finetune}, tokens and steps of both stages, notes,
     memory_bytes (of training, an estimate for one window at a time), disk_bytes, streamed (whether a layer at a time:
-    as `stream` says; None: where it must be) and hidden_bytes (of the disk, what hidden states take in streaming).
+    as `stream` says; None: where it must be), hidden_bytes (of the disk, what hidden states take in streaming) and
+    teacher_bits (of the frozen weights while it trains; None: as they are).
 
     Raises:
         UsageError: no such model, an unsupported family, or a recipe that does not fit. RefusedError: OUT is not empty,
@@ -68,10 +75,13 @@ def make_plan(
     from linearize.data import load_source
     from linearize.modeling.configuration_linearized import kv_bytes
 
+    require_teacher_bits(teacher_bits, stream=stream)
     folder = resolve(model)
     require_family(folder)
     check_checkpoint(folder, finite=False)
     config, dtype = teacher_config(folder)
+    if teacher_bits is not None:
+        require_quantisable(config.model_type)
     if out is not None:
         require_empty(out)
     if data is not None:
@@ -82,7 +92,9 @@ def make_plan(
     sizes = layout.sizes()
     align, finetune = stage_shapes(recipe, alignable=sizes["align"] > 0)
     trained = {shape.name: sizes[shape.name] if shape.steps else 0 for shape in (align, finetune)}
-    way, remarks = planned_way(config, recipe, layout, shapes=(align, finetune), stored=dtype, asked=stream)
+    way, remarks = planned_way(
+        config, recipe, layout, shapes=(align, finetune), stored=dtype, asked=stream, teacher_bits=teacher_bits
+    )
     rows = layout.rows(DTYPE_BYTES[export])
     state = sum(row["state_bytes"] for row in rows)
     return {
@@ -106,6 +118,7 @@ def make_plan(
         "disk_bytes": way.disk_bytes,
         "streamed": way.streamed,
         "hidden_bytes": way.hidden_bytes,
+        "teacher_bits": teacher_bits,
         "data": data,
         "out": None if out is None else str(out),
     }
@@ -222,7 +235,8 @@ class Layout:
         return rows
 
     def sizes(self) -> dict[str, int]:
-        """Parameters: of the teacher, new, trained in alignment and in finetuning, and owned besides the teacher's."""
+        """Parameters: of the teacher, new, trained in alignment and in finetuning, and owned besides the teacher's; of
+        the teacher's linear layers, which can be quantised; and of modules with an adapter, which are merged."""
         from linearize.convert.align import aligned_names
 
         recipe = self.recipe
@@ -230,17 +244,26 @@ class Layout:
         new = sum(size for name, size in named.items() if ".mixer." in name)
         aligned = aligned_names(self.student, recipe.align, self.linear)
         full = trained_names(self.student, recipe.finetune.full, key="finetune.full")
-        lora = 0
+        lora, adapted = 0, 0
         if recipe.finetune.lora is not None:
             for name in target_modules(self.student, recipe.finetune.lora.targets):
                 module = self.student.get_submodule(name)
                 lora += recipe.finetune.lora.r * width_of(module)
+                adapted += module.weight.numel()
         return {
             "teacher": sum(named.values()) - new,
             "new": new,
             "align": sum(named[name] for name in aligned),
             "finetune": sum(named[name] for name in full) + lora,
             "own": sum(named[name] for name in {*aligned, *full} if ".mixer." not in name) + new + lora,
+            "linear": sum(
+                module.weight.numel()
+                for name, module in self.student.named_modules()
+                if isinstance(module, (nn.Linear, Conv1D))
+                and lookup(self.config).layer_index(name) is not None
+                and ".mixer." not in name
+            ),
+            "adapted": adapted,
         }
 
 
@@ -262,17 +285,27 @@ def native_keys(config: Any) -> list[str]:
         return list(revert_weight_conversion(model, model.state_dict()))
 
 
-def training_bytes(config: Any, recipe: Recipe, sizes: dict[str, int]) -> int:
-    """Memory of training, one window at a time: an estimate, usually within a third."""
+def training_bytes(
+    config: Any, recipe: Recipe, sizes: dict[str, int], *, stored: str = "float32", teacher_bits: int | None = None
+) -> int:
+    """Memory of training, one window at a time: an estimate, usually within a third.
+
+    With `teacher_bits` the export may need more: all weights in the type of the files, `stored`, and in float32 those
+    that adapters are merged into.
+    """
     trained = max(sizes["align"], sizes["finetune"])
     # fp32: teacher and frozen student share storage; own copies; gradient, moments and first values of what is trained.
     weights = 4 * (sizes["teacher"] + sizes["own"] + 4 * trained)
+    least = 0
+    if teacher_bits is not None:
+        weights -= round((4 - WEIGHT_BYTES[teacher_bits]) * sizes["linear"])
+        least = DTYPE_BYTES[stored] * (sizes["teacher"] + sizes["new"]) + 4 * sizes["adapted"]
     layers = 2 if recipe.gradient_checkpointing else config.num_hidden_layers
     # Per token and layer: about 16 hidden vectors, 3 of the MLP's, and the mixer's features, in mixed precision.
     attention = config.num_attention_heads * head_dim(config)
     per_layer = 48 * config.hidden_size + 12 * inner_size(config) + 32 * attention
     logits = 16 * min(PIECE, recipe.context) * config.vocab_size
-    return weights + recipe.context * per_layer * layers + logits
+    return max(weights + recipe.context * per_layer * layers, least) + logits
 
 
 def disk_bytes(sizes: dict[str, int], dtype_bytes: int) -> int:

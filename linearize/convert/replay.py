@@ -130,4 +130,6 @@ def worth_recording(model: nn.Module, device: torch.device) -> bool:
     """Whether steps of this model on this device shall be recorded."""
     if device.type != "cuda" or os.environ.get(VARIABLE) == "0":
         return False
+    if not all(p.is_floating_point() for p in model.parameters()):  # quantised: their products ask the host
+        return False
     return sum(p.numel() for p in model.parameters()) <= LARGEST

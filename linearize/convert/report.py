@@ -36,6 +36,7 @@ def make_report(
         "task": "masked" if inputs.task.mask is not None else "causal",
         "device": str(inputs.device),
         "dtype": str(inputs.dtype).removeprefix("torch."),
+        "teacher_bits": inputs.teacher_bits,
         "keys": surgery.as_dict(),
         "parameters": {
             "model": inputs.sizes["teacher"] + inputs.sizes["new"],
@@ -96,6 +97,8 @@ def card_facts(inputs: Inputs, report: dict[str, Any]) -> dict[str, Any]:
         "mean_match": report["mean_match"],
         "dtype": report["dtype"],
         "merge_error": report["merge_error"]["cast"]["max"],
+        "teacher_bits": report["teacher_bits"],
+        "quantised": report["merge_error"].get("quantised"),
     }
 
 
@@ -117,6 +120,7 @@ def provenance(inputs: Inputs, identity: dict[str, str], report: dict[str, Any])
         "name": inputs.out.name,
         "recipe": inputs.recipe.as_dict(),
         "recipe_digest": inputs.recipe.digest(),
+        "teacher_bits": inputs.teacher_bits,
         "teacher": origin(inputs.folder, inputs.name) | {"digest": identity["teacher"], "licence": _licence(inputs)},
         "data": _text(inputs) | {"windows_digest": identity["data"]},
         "figures": figures,

@@ -80,7 +80,10 @@ def restoring(start: Checkpoint | None) -> Iterator[None]:
 
 
 def _no_fit(path: Path, why: str) -> RefusedError:
-    return RefusedError(f"{path}: is no checkpoint of this run ({why})", "Delete its folder and start over")
+    return RefusedError(
+        f"{path}: is no checkpoint of this run ({why})",
+        f"To start over, delete {path.parent} and leave out --resume.",
+    )
 
 
 def unpack_state(

@@ -53,11 +53,13 @@ def choose_way(
     stored: str,
     device: torch.device,
     asked: bool | None,
+    teacher_bits: int | None = None,
 ) -> Way:
     """Stream or not: as `asked`; None: where the ordinary way does not fit into the memory of this machine.
 
     Args:
-        stored: dtype of the teacher's files. shapes: alignment and finetuning.
+        stored: dtype of the teacher's files. shapes: alignment and finetuning. teacher_bits: of the frozen weights,
+            where they are quantised, which is never streamed.
 
     Raises:
         UsageError: streaming was asked for, and the recipe or the family cannot be streamed. RefusedError: the same,
@@ -67,14 +69,14 @@ def choose_way(
     export = plan.DTYPE_BYTES[stored if recipe.dtype == "auto" else recipe.dtype]
     whole = Way(
         streamed=False,
-        memory_bytes=plan.training_bytes(config, recipe, sizes),
+        memory_bytes=plan.training_bytes(config, recipe, sizes, stored=stored, teacher_bits=teacher_bits),
         disk_bytes=plan.disk_bytes(sizes, export),
         hidden_bytes=0,
         said=None,
     )
     limit = memory_limit(device)
     too_large = whole.memory_bytes > limit
-    if asked is False or (asked is None and not too_large):
+    if teacher_bits is not None or asked is False or (asked is None and not too_large):
         return whole
     problem = why_not(config, recipe)
     size = f"needs about {_gigabytes(whole.memory_bytes)} of memory, and there are {_gigabytes(limit)}"
@@ -105,6 +107,7 @@ def planned_way(
     shapes: tuple[StageShape, StageShape],
     stored: str,
     asked: bool | None,
+    teacher_bits: int | None = None,
 ) -> tuple[Way, list[str]]:
     """As `choose_way`, for a plan, which may be made on a smaller machine than the conversion's: with what to note.
 
@@ -115,7 +118,8 @@ def planned_way(
         device = select_device(recipe.device)
     except UsageError:
         device = torch.device("cpu")
-    choose = partial(choose_way, config, recipe, layout, shapes=shapes, stored=stored, device=device)
+    known: dict[str, Any] = {"shapes": shapes, "stored": stored, "device": device, "teacher_bits": teacher_bits}
+    choose = partial(choose_way, config, recipe, layout, **known)
     try:
         way = choose(asked=asked)
     except RefusedError as error:

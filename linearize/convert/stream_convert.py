@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 
-from linearize.artifacts.atomic import atomic_directory
+from linearize.artifacts.atomic import atomic_directory, full_disk_named
 from linearize.artifacts.config_reader import build_config
 from linearize.artifacts.pieces import Stored, open_stored
 from linearize.artifacts.shards import Layout, ShardWriter, lay_out, link_or_copy
@@ -51,6 +51,13 @@ def convert_streamed(
     Raises:
         As `pipeline.convert`.
     """
+    with full_disk_named(run.path):
+        return _convert(inputs, run, start, identity, watch)
+
+
+def _convert(
+    inputs: Inputs, run: Run, start: Checkpoint | None, identity: Mapping[str, str], watch: Progress
+) -> dict[str, Any]:
     probe, on_gpu = inputs.windows[:1, :PROBE], inputs.device.type == "cuda"
     if on_gpu:
         torch.cuda.reset_peak_memory_stats(inputs.device)

@@ -101,7 +101,9 @@ class Stream:
         """RefusedError unless the file of what enters `layer` is there, whole."""
         path = self.path(layer)
         if not path.is_file() or path.stat().st_size != self.bytes:
-            raise RefusedError(f"{path} is missing or cut short", f"Delete {self.folder} and start over")
+            raise RefusedError(
+                f"{path} is missing or cut short", f"To start over, delete {self.folder} and leave out --resume."
+            )
 
     def drop(self, layer: int) -> None:
         """Remove the file of what enters `layer`."""

@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from linearize.artifacts.quantised import quantised_modules
 from linearize.convert.families import family_of, lies_in, module_paths
 from linearize.convert.optim import derived_seed
 from linearize.errors import RefusedError, VerificationError
@@ -111,12 +112,14 @@ def linearize_model(
     layer_mixers: Sequence[str],
     seed: int,
     own: Callable[[str], bool] = lambda name: True,
+    exact: Callable[[str], Tensor] | None = None,
 ) -> tuple[Any, SurgeryReport]:
     """Build the student of a loaded teacher, on its device and in its dtype (mixers: fp32).
 
     `own(name)` says which of the teacher's tensors the student gets a copy of, because they will be trained; the others
     share the teacher's storage, so a frozen weight is held once. With every layer `softmax` the student computes
-    exactly what the teacher does.
+    exactly what the teacher does. Quantised modules are shared as they are; `exact(name)` gives a tensor of theirs that
+    the student is to own, as it was before.
 
     Raises:
         UsageError: unsupported family. VerificationError: a key that is not accounted for, or a bad new weight.
@@ -125,7 +128,7 @@ def linearize_model(
     config = student_config(teacher.config, spec=spec, layer_mixers=layer_mixers)
     student = empty_student(config)
     linear = [i for i, kind in enumerate(layer_mixers) if kind == LINEAR]
-    report = fill_student(student, teacher, linear, seed=seed, own=own)
+    report = fill_student(student, teacher, linear, seed=seed, own=own, exact=exact)
     student.config._attn_implementation = family.implementation(config)
     if hasattr(teacher, "generation_config"):  # an encoder generates nothing
         student.generation_config = teacher.generation_config
@@ -134,7 +137,13 @@ def linearize_model(
 
 
 def fill_student(
-    student: Any, teacher: Any, linear: Collection[int], *, seed: int, own: Callable[[str], bool]
+    student: Any,
+    teacher: Any,
+    linear: Collection[int],
+    *,
+    seed: int,
+    own: Callable[[str], bool],
+    exact: Callable[[str], Tensor] | None = None,
 ) -> SurgeryReport:
     """Give an empty student its values: the teacher's by name, and start values for the mixers of the layers `linear`.
 
@@ -150,7 +159,7 @@ def fill_student(
         if name.endswith(".mixer") and numbers and numbers[0] in linear:
             mixers[name] = numbers[0]
     new = _initialise(student, mixers, seed=seed, device=device)
-    mapped = _adopt(student, teacher, new, own)
+    mapped = _adopt(student, teacher, new, own, exact)
     if hasattr(student, "tie_weights"):
         student.tie_weights()
     report = SurgeryReport(mapped=tuple(sorted(mapped)), dropped={}, new=tuple(sorted(new)))
@@ -172,10 +181,27 @@ def _initialise(student: Any, mixers: dict[str, int], *, seed: int, device: torc
     return new
 
 
-def _adopt(student: Any, teacher: Any, new: set[str], own: Callable[[str], bool]) -> set[str]:
-    """Give the student every parameter and buffer of the teacher, by name."""
+def _adopt(
+    student: Any,
+    teacher: Any,
+    new: set[str],
+    own: Callable[[str], bool],
+    exact: Callable[[str], Tensor] | None,
+) -> set[str]:
+    """Give the student every parameter and buffer of the teacher, by name, and every quantised module as it is."""
     theirs: dict[str, Tensor] = dict(teacher.named_parameters()) | dict(teacher.named_buffers())
     ours = dict(student.named_parameters()) | dict(student.named_buffers())
+    whole: set[str] = set()
+    for path, module in quantised_modules(teacher).items():
+        names = {f"{path}.{name}" for name, _ in module.named_parameters()}
+        if any(map(own, names)):
+            assert exact is not None
+            theirs |= {name: exact(name) for name in names}
+            continue
+        parent, _, leaf = path.rpartition(".")
+        setattr(student.get_submodule(parent), leaf, module)
+        whole |= names
+    theirs, ours = ({n: t for n, t in tensors.items() if n not in whole} for tensors in (theirs, ours))
     left = sorted(set(theirs) - set(ours))
     if left:
         raise VerificationError(f"the student has no place for the teacher's {left[0]}")
@@ -192,7 +218,7 @@ def _adopt(student: Any, teacher: Any, new: set[str], own: Callable[[str], bool]
             setattr(module, leaf, nn.Parameter(value, requires_grad=False))
         else:
             module._buffers[leaf] = tensor.detach().clone()
-    return set(theirs)
+    return set(theirs) | whole
 
 
 def _check(student: Any, report: SurgeryReport) -> None:

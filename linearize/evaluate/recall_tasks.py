@@ -137,7 +137,8 @@ def make_tasks(
             length = page_length(form, distance, bos=len(bos), edge=len(edge))
             if context is not None and length > context:
                 raise UsageError(
-                    f"distance {distance}: a page of {form.name} has {length} tokens, more than the context {context}"
+                    f"distance {distance}: a page of {form.name} has {length} tokens, more than the context {context}",
+                    "Give a smaller distance, or a larger context.",
                 )
             pages = [
                 _page(form, distance, stream, words, bos, edge, key=f"{seed}:{form.name}:{distance}:{row}")

@@ -82,6 +82,8 @@ def bench(
     if plots is not None and importlib.util.find_spec("matplotlib") is None:
         notes.append(f"no plots: they need the package matplotlib, which is not installed ({INSTALL_PLOTS})")
         plots = None
+    if plots is not None and Path(plots).exists() and not Path(plots).is_dir():
+        raise UsageError(f"plots {plots}: is a file", "Name a folder.")
     lines = None if file is None else _new_lines(Path(file))
     from linearize.artifacts.load import resolve, select_device
 
@@ -99,8 +101,7 @@ def bench(
         for row in measure(sides, context, batch, plan):
             rows.append(row | about)
             if lines is not None:
-                with lines.open("a", encoding="utf-8") as stream:
-                    stream.write(json.dumps(rows[-1]) + "\n")
+                _add_line(lines, rows[-1])
     drawn: list[Path] = []
     if plots is not None:
         from linearize.evaluate.speed_plots import draw
@@ -210,7 +211,15 @@ def _new_lines(path: Path) -> Path:
         with path.open("a", encoding="utf-8"):
             return path
     except OSError as error:
-        raise UsageError(f"{path}: cannot be written ({error.strerror})") from None
+        raise UsageError(f"{path}: cannot be written ({error.strerror})", "Name a file, such as bench.jsonl.") from None
+
+
+def _add_line(path: Path, row: dict[str, Any]) -> None:
+    try:
+        with path.open("a", encoding="utf-8") as stream:
+            stream.write(json.dumps(row) + "\n")
+    except OSError as error:
+        raise RefusedError(f"{path}: cannot be written ({error.strerror})", "Free some space.") from error
 
 
 def _check(

@@ -79,7 +79,7 @@ def evaluate_tasks(
     names = _checked(tasks, limit=limit, fewshot=fewshot, batch_size=batch_size, context=context)
     require_harness()
     if include_path is not None and not Path(include_path).is_dir():
-        raise UsageError(f"{include_path}: no such folder of tasks")
+        raise UsageError(f"{include_path}: no such folder of tasks", "Give the folder that holds their YAML files.")
     from linearize.evaluate.perplexity import open_subject
 
     subjects = [open_subject(one, device=device, dtype=dtype) for one in (model, against) if one is not None]

@@ -23,6 +23,7 @@ TEACHER = ("teacher", "softmax", "against")
 """Words in a name by which the teacher is known."""
 UNSHOWN = ("_low", "_high", "weights_bytes", "state_bytes", "kv_bytes", "max_bytes")
 """Ends of names of figures that are no curve of their own: extremes, and what is counted, not measured."""
+_GIVE = "Give what linearize bench --json printed, or its --out file."
 
 
 @dataclass(kw_only=True)
@@ -48,14 +49,12 @@ def read_bench(path: str) -> list[Curve]:
             raise UsageError(f"--bench {path}: larger than {CAP >> 20} MB, so these are no rows of a benchmark")
         content = place.read_text(encoding="utf-8")
     except OSError as error:
-        raise UsageError(f"--bench {path}: cannot be read ({error.strerror})") from error
+        raise UsageError(f"--bench {path}: cannot be read ({error.strerror})", _GIVE) from error
     except UnicodeDecodeError as error:
         raise UsageError(f"--bench {path}: is not UTF-8 text") from error
     found = curves(list(_rows(_parsed(content, path), {})))
     if not found:
-        raise UsageError(
-            f"--bench {path}: no row has a context and a figure", "Give what linearize bench --json printed"
-        )
+        raise UsageError(f"--bench {path}: no row has a context and a figure", _GIVE)
     return found
 
 
@@ -69,7 +68,7 @@ def _parsed(content: str, path: str) -> Any:
     try:
         return [json.loads(line) for line in content.splitlines() if line.strip()]
     except (ValueError, RecursionError) as error:
-        raise UsageError(f"--bench {path}: is neither JSON nor JSON lines") from error
+        raise UsageError(f"--bench {path}: is neither JSON nor JSON lines", _GIVE) from error
 
 
 def _rows(value: Any, outer: dict[str, Any], depth: int = 0) -> Iterator[dict[str, Any]]:

@@ -9,7 +9,8 @@ from pathlib import Path
 from typing import Any
 
 from linearize._version import __version__
-from linearize.artifacts.manifest import MANIFEST, read_manifest
+from linearize.artifacts.exports import require_export
+from linearize.artifacts.manifest import read_manifest
 from linearize.errors import RefusedError, UsageError
 from linearize.report import sections, sections_cost
 from linearize.report.attention_section import attention
@@ -64,8 +65,7 @@ def report(
 
     name = os.fspath(run)
     folder = resolve(name)
-    if not (folder / MANIFEST).is_file():
-        raise UsageError(f"{name} has no {MANIFEST}, so no conversion made it", "Give the OUT of linearize convert.")
+    require_export(folder, name)
     if (against is None) != (data is None):
         lacking = "--data" if data is None else "--against"
         raise UsageError(f"{lacking}: missing; the audit needs both the teacher and a text", "Give both, or neither.")
@@ -193,8 +193,11 @@ def target_of(folder: Path, name: str, out: str | os.PathLike[str] | None) -> Pa
         UsageError: its folder is not there, or it is a folder. RefusedError: it is a file of another kind.
     """
     if out is None:
+        from linearize.artifacts.download import display_name
+
         here = Path(name).expanduser().is_dir()
-        target = (Path(os.path.abspath(folder)).parent if here else Path.cwd()) / f"{folder.name}-report.html"
+        called = folder.name if here else display_name(name, folder).rpartition("/")[2]  # a snapshot's name is a commit
+        target = (Path(os.path.abspath(folder)).parent if here else Path.cwd()) / f"{called}-report.html"
     else:
         target = Path(os.path.abspath(Path(out).expanduser()))
     if target.is_dir():

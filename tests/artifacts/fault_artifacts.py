@@ -39,11 +39,15 @@ def _nothing(folder: Path) -> None: ...
 
 
 def artifacts(base: Path) -> Iterator[Artifact]:
-    """All that is written: an export, folders swapped in, checkpoints and the record of a run, single files."""
+    """All that is written: an export, folders swapped in, checkpoints and the record of a run, single files, and all
+    of a streamed run."""
+    from tests.artifacts.fault_streams import streams
+
     yield from files()
     yield from folders()
     yield from runs()
-    yield exports(base)
+    yield exports(base / "export")
+    yield from streams(base / "streams")
 
 
 def files() -> Iterator[Artifact]:

@@ -4,7 +4,8 @@
 
 `error`: the 7th change raises EIO; `full`: from the 7th on there is no space (ENOSPC); `died`: a BaseException that no
 `except Exception` sees; `killed`: the process ends at once, by os._exit; `power`: likewise, and what was not flushed
-to disk is lost: new content of files is cut in half, new names in folders vanish. A write that dies writes half.
+to disk is lost: new content of files is cut in half, what was written in place is as it was, new names in folders
+vanish. A write that dies writes half.
 """
 
 from __future__ import annotations
@@ -48,6 +49,8 @@ class Injector:
         self.real: dict[str, Callable[..., Any]] = {}
         self.unsynced: dict[tuple[int, int], int] = {}
         """By inode: a handle of a file whose content may be lost."""
+        self.before: dict[tuple[int, int], list[tuple[int, int, int, bytes]]] = {}
+        """By inode: handle, size, offset and bytes that were there before each change in place, oldest first."""
         self.names: dict[tuple[int, int], tuple[int, list[str]]] = {}
         """By inode: a handle of a folder, and the files made in it since it was flushed."""
 
@@ -77,6 +80,13 @@ class Injector:
             place = os.fstat(handle)
             self.unsynced.setdefault((place.st_dev, place.st_ino), os.dup(handle))
 
+    def patched(self, handle: int, offset: int, count: int) -> None:
+        """A part of a file is about to be written in place, or the file cut or lengthened there."""
+        if self.mode == "power":
+            place, kept = os.fstat(handle), os.dup(handle)
+            old = os.pread(kept, count, offset) if count else b""
+            self.before.setdefault((place.st_dev, place.st_ino), []).append((kept, place.st_size, offset, old))
+
     def named(self, path: Any) -> None:
         """A file has got a name, and its folder is not flushed."""
         if self.mode != "power":
@@ -90,6 +100,7 @@ class Injector:
         """A file or folder was flushed."""
         place = os.fstat(handle)
         self.unsynced.pop((place.st_dev, place.st_ino), None)
+        self.before.pop((place.st_dev, place.st_ino), None)
         self.names.pop((place.st_dev, place.st_ino), None)
 
     def lose(self) -> None:
@@ -97,6 +108,11 @@ class Injector:
         for handle in self.unsynced.values():
             with suppress(OSError):
                 os.ftruncate(handle, os.fstat(handle).st_size // 2)
+        for changes in self.before.values():
+            for handle, size, offset, old in reversed(changes):
+                with suppress(OSError):
+                    self.real["pwrite"](handle, old, offset)
+                    self.real["ftruncate"](handle, size)
         for handle, names in self.names.values():
             for name in names:
                 with suppress(OSError):
@@ -156,7 +172,7 @@ def injected(at: int, mode: str) -> Iterator[Injector]:
 
 def _install(injector: Injector, put: Callable[[Any, str, Any], None]) -> None:
     real_open, real_fd = builtins.open, os.open
-    injector.real |= {"open_fd": os.open, "unlink": os.unlink}
+    injector.real |= {"open_fd": os.open, "unlink": os.unlink, "pwrite": os.pwrite, "ftruncate": os.ftruncate}
 
     def plain(name: str) -> Any:
         real = getattr(os, name)
@@ -166,6 +182,8 @@ def _install(injector: Injector, put: Callable[[Any, str, Any], None]) -> None:
             # What a rename put in the place of an old file is the old file again, should the rename be lost: no state
             # that is not there before it, too.
             new = name in ("replace", "rename", "link") and not os.path.lexists(args[1])
+            if name == "ftruncate":
+                injector.patched(args[0], 0, 0)
             done = real(*args, **kwargs)
             if name in ("fsync", "fdatasync"):
                 injector.flushed(args[0])
@@ -189,15 +207,22 @@ def _install(injector: Injector, put: Callable[[Any, str, Any], None]) -> None:
     def opened_fd(path: Any, flags: int, *args: Any, **kwargs: Any) -> int:
         if flags & (os.O_WRONLY | os.O_RDWR | os.O_CREAT):
             injector.change("open")
-        return real_fd(path, flags, *args, **kwargs)
+        new = flags & os.O_CREAT and not kwargs and not os.path.lexists(path)
+        handle = real_fd(path, flags, *args, **kwargs)
+        if new:
+            injector.named(path)
+        return handle
 
     def written_fd(name: str) -> Any:
         real = getattr(os, name)
 
         def counted(handle: int, data: Any, *rest: Any) -> int:
+            if name == "pwrite":
+                injector.patched(handle, rest[0], len(data))
             injector.change(name, lambda: real(handle, data[: len(data) // 2], *rest))
             done = real(handle, data, *rest)
-            injector.written(handle)
+            if name != "pwrite":
+                injector.written(handle)
             return done  # type: ignore[no-any-return]
 
         return counted

@@ -10,6 +10,7 @@ import pytest
 
 from tests.artifacts import fault_artifacts, faults
 from tests.artifacts.fault_artifacts import Artifact
+from tests.artifacts.fault_streams import streams
 from tests.artifacts.injector import MODES
 
 
@@ -35,6 +36,13 @@ def test_checkpoints_and_the_record_of_a_run(tmp_path: Path) -> None:
 @pytest.mark.slow
 def test_exports(tmp_path: Path) -> None:
     assert check([fault_artifacts.exports(tmp_path)], tmp_path, every=80).points >= 15
+
+
+@pytest.mark.slow
+def test_streamed_runs(tmp_path: Path) -> None:
+    """Hidden states, checkpoints of layers, shards and the index of an export: from the second layer to the end."""
+    artifacts = [artifact for artifact in streams(tmp_path) if "second" in artifact.name]
+    assert check(artifacts, tmp_path, every=120).points >= 12
 
 
 def naive(write: Callable[[Path], None]) -> Artifact:

@@ -281,7 +281,7 @@ def test_only_a_whole_export_is_sent(hub: Hub, out: Path, tmp_path: Path) -> Non
     assert "has no README.md" in refusal(UsageError, lambda: linearize.push(out, "me/new"))
     assert "is no folder" in refusal(UsageError, lambda: linearize.push(tmp_path / "no", "me/new"))
     (tmp_path / "empty").mkdir()
-    assert "not a finished export" in refusal(UsageError, lambda: linearize.push(tmp_path / "empty", "me/new"))
+    assert "empty is no model" in refusal(UsageError, lambda: linearize.push(tmp_path / "empty", "me/new"))
     (out / "README.md").write_text("---\n[\n---\n")
     assert "metadata of" in refusal(UsageError, lambda: linearize.push(out, "me/new"))
     assert hub.log == []

@@ -68,9 +68,17 @@ def out(teacher: Repo, text: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPat
 
 
 def test_there_and_back_again(
-    hub: Hub, teacher: Repo, out: Path, text: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    hub: Hub,
+    teacher: Repo,
+    out: Path,
+    text: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
 ) -> None:
     from huggingface_hub import ModelCard, constants
+
+    from linearize_cli.app import main
 
     fetched = {line.rsplit("/", 1)[1] for line in hub.log if line.startswith("GET ") and "/resolve/" in line}
     assert {"config.json", "README.md", "LICENSE"} <= fetched
@@ -132,6 +140,22 @@ def test_there_and_back_again(
     ids = tokenizer("Licensed under the", return_tensors="pt")["input_ids"]
     with torch.no_grad():
         assert torch.equal(model(ids).logits, load_model(out, device="cpu")(ids).logits)
+
+    pushed.commit({"config.json": b"{}"}, "Broken", ref="broken", parent=result["commit"])
+    student, short = f"me/student@{result['commit']}", ["--context", "128", "--device", "cpu"]
+    judged = ["--against", "owner/teacher@v1", "--data", str(text)]
+    for words in (
+        ["verify", student, *judged],
+        ["verify", "me/student", "--revision", result["commit"]],
+        ["recall", student, *judged, *short, "--queries", "32"],
+        ["report", student],
+        ["bench", student, "--contexts", "16", "--batches", "1", "--new-tokens", "8", "--no-memory", "--device", "cpu"],
+        ["eval", student, *judged, *short],
+        ["audit", "me/student", "--revision", result["commit"], *judged, *short],
+    ):
+        assert main(words) == 0, (words, capsys.readouterr().err)
+    assert (tmp_path / "student-report.html").is_file()
+    assert main(["verify", "me/student@broken"]) == 4 and "config.json" in capsys.readouterr().err
 
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
     hub.log.clear()
@@ -241,7 +265,11 @@ def test_the_commands_of_the_page(
     assert made.private and "refs/pr/1" in made.refs and not hub.repos["model", "me/my-public-model"].private
 
 
-def test_a_revision_apart(hub: Hub, teacher: Repo, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_revision_apart(
+    hub: Hub, teacher: Repo, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from huggingface_hub import constants
+
     from linearize_cli.app import main
 
     assert pin("owner/teacher", "v1") == pin("owner/teacher@v1", "v1") == "owner/teacher@v1"
@@ -259,11 +287,30 @@ def test_a_revision_apart(hub: Hub, teacher: Repo, tmp_path: Path, capsys: pytes
     assert json.loads(capsys.readouterr().out)["family"] == "llama"
     assert main(["inspect", "owner/teacher", "--revision", "v9"]) == 2
     assert capsys.readouterr().err.startswith("error: owner/teacher has no revision v9")
-    for command in (
-        ["convert", "owner/teacher", "out", "--data", "demo"],
-        ["eval", "owner/teacher", "--data", "demo"],
-        ["generate", "owner/teacher", "--prompt", "a"],
-        ["select", "owner/teacher", "--data", "demo", "--keep", "1"],
-    ):
-        assert main([*command, "--revision", "v9"]) == 2
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "maps.pt").touch()
+    commands = (
+        "inspect owner/teacher",
+        "convert owner/teacher out --data demo",
+        "eval owner/teacher --data demo",
+        "generate owner/teacher --prompt a",
+        "select owner/teacher --data demo --keep 1",
+        "audit owner/teacher --against demo --data demo",
+        "recall owner/teacher --against demo --data demo",
+        "bench owner/teacher",
+        "report owner/teacher",
+        "verify owner/teacher",
+        f"import lolcats owner/teacher out --distilled {tmp_path}/maps.pt",
+    )
+    for command in commands:
+        assert main([*command.split(), "--revision", "v9"]) == 2
         assert "error: owner/teacher has no revision v9" in capsys.readouterr().err, command
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
+    asked = len(hub.log)
+    for command in commands:
+        for words in ([*command.split(), "--revision", "v3"], command.replace("teacher", "teacher@v3").split()):
+            assert main(words) == 3
+            out, err = capsys.readouterr()
+            line = err.splitlines()[-1]
+            assert out == "" and "HF_HUB_OFFLINE is set, and the Hub model owner/teacher@v3 is not in the cache" in line
+    assert len(hub.log) == asked

@@ -236,7 +236,9 @@ def test_an_audit_for_people(library: dict[str, Any], capsys: pytest.CaptureFixt
         (RefusedError("the disk is full"), 3),
         (VerificationError("layer 3 died"), 4),
         (RuntimeError("boom\nin two lines"), 1),
-        (OSError(28, "No space left on device", "x"), 1),
+        (OSError(28, "No space left on device", "x"), 3),
+        (OSError(5, "Input/output error", "x"), 1),
+        (PermissionError(13, "Permission denied", "x"), 2),
         (MemoryError(), 1),
     ],
 )

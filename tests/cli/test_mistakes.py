@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import re
+import shlex
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -40,6 +41,9 @@ MISTAKES: list[tuple[str, int, str]] = [
     ("bench nothere", 2, "'nothere'"),
     ("report demo", 2, "linearize.json"),
     ("verify nothere", 2, "'nothere'"),
+    ("verify demo", 2, "demo is an ordinary checkpoint"),
+    ("verify empty", 2, "empty is no model"),
+    ("audit demo --against demo --data demo", 2, "both demo"),
     ("push empty me/it --dry-run", 2, "linearize.json"),
     ("push empty it --dry-run", 2, "'it'"),
     ("import lolcats demo out --distilled no.pt", 2, "no.pt"),
@@ -64,6 +68,11 @@ MISTAKES: list[tuple[str, int, str]] = [
     ("convert demo text.txt/out --data demo", 3, "text.txt is not a folder"),
     ("convert demo closed/out --data demo", 3, "closed cannot be written to"),
     ("convert demo --data demo seed=1", 2, "OUT is missing"),
+    ("convert demo '' --data demo", 2, "OUT is empty"),
+    ("convert demo out --data ''", 2, "the data is empty"),
+    ("convert demo out --data demo --resume", 2, "out has no unfinished run to resume"),
+    ("convert demo out --data demo --resume --plan", 2, "--resume"),
+    ("convert demo out --data demo --recipe ./empty", 2, "is a folder"),
     # numbers and choices
     ("eval demo --data demo --context 1", 2, "--context"),
     ("eval demo --data demo --context many", 2, "--context"),
@@ -111,7 +120,7 @@ def test_a_mistake_is_one_line_with_a_next_step(
         monkeypatch.setattr(os, "access", lambda path, mode: Path(path).name != "closed" and plain(path, mode))
     before = sorted(place.rglob("*"))
     takes_json = len(line.split()) > 1 and not line.endswith("--data")
-    argv = line.split() + (["--json"] if as_json and takes_json else [])
+    argv = shlex.split(line) + (["--json"] if as_json and takes_json else [])
     assert main(argv) == code
     out, err = capsys.readouterr()
     assert out == "", "errors leave stdout to results"

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import io
 import re
+import subprocess
 import sys
 import time
+from pathlib import Path
 
 import pytest
 
@@ -164,3 +166,37 @@ def test_tables_keep_their_headings_on_a_narrow_terminal(width: int, capsys: pyt
     output.print_table([row], to=narrow)
     err = capsys.readouterr().err
     assert err.count("#") == 100 and "…" not in err and max(map(len, err.splitlines())) <= width
+
+
+def test_a_table_that_does_not_fit_becomes_lines(capsys: pytest.CaptureFixture) -> None:
+    from rich.console import Console
+
+    narrow = Console(stderr=True, width=40, markup=False)
+    rows = [
+        {"name": "gated-deltanet", "R": "-87.8 %", "paper": "arXiv:2412.06464", "summary": "Gated delta rule"},
+        {"name": "based", "R": None, "paper": "arXiv:2402.18668", "summary": "A Taylor expansion of many dimensions"},
+    ]
+    output.print_table(rows, title="Recipes", to=narrow)
+    lines = capsys.readouterr().err.splitlines()
+    assert (
+        lines[:3] == ["Recipes", "name gated-deltanet", "  R        -87.8 %"] and "  paper    arXiv:2402.18668" in lines
+    )
+    assert max(map(len, lines)) <= 40
+    assert lines[-2:] == ["  summary  A Taylor expansion of many", "           dimensions"]
+    output.print_table(rows, to=Console(stderr=True, width=80, markup=False))
+    assert "gated-deltanet   -87.8 %   arXiv:2412.06464" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("redirect", [">&-", "2>&-", "> /dev/full"])
+def test_output_that_cannot_be_written(redirect: str, source_env: dict[str, str], tmp_path: Path) -> None:
+    if "full" in redirect and not Path("/dev/full").exists():
+        pytest.skip("no /dev/full")
+    command = f"{sys.executable} -m linearize_cli recipes validate lolcats --json {redirect}"
+    done = subprocess.run(
+        command, shell=True, env=source_env, cwd=tmp_path, capture_output=True, text=True, timeout=240, check=False
+    )
+    if "full" in redirect:
+        assert done.returncode == 3
+        assert done.stderr == "error: cannot write the result: No space left on device. Free some space.\n"
+    else:
+        assert (done.returncode, done.stderr) == (0, "")

@@ -1,4 +1,4 @@
-"""Conversions killed with SIGKILL at random places of every stage: `python -m tests.convert.kills [--kills N]`.
+"""Conversions killed with SIGKILL at random places of every stage: `python -m tests.convert.kills [--streamed]`.
 
 A child converts a tiny model and is killed at a random call of a Python function within a stage: in the middle of a
 step, of an optimiser, of a checkpoint, of a file. It is resumed, often killed once more, and resumed to its end. Every
@@ -8,6 +8,7 @@ file of the export must then be the one, bit for bit, of a conversion that nothi
 from __future__ import annotations
 
 import argparse
+import gc
 import json
 import os
 import random
@@ -21,21 +22,26 @@ from pathlib import Path
 from typing import Any
 
 STAGES = ("calibrate", "align", "finetune", "merge", "export", "verify")
+STREAMED = ("embed", "calibrate", "align", "states", "shards", "progress", "export", "verify")
+"""Of a streamed conversion: hidden states, weights of a layer, and what says how far it is, are written in turn."""
+COMMON = ("context=32", "mixer.window=8", "device=cpu", "seed=7", "align.tokens=768", "align.batch_tokens=128")
 OPTIONS = (
-    "context=32", "mixer.window=8", "device=cpu", "seed=7", "calibrate.tokens=256",
-    "align.tokens=768", "align.batch_tokens=128", "finetune.tokens=768", "finetune.batch_tokens=128",
-    "finetune.lora.dropout=0.1",
+    *COMMON, "calibrate.tokens=256", "finetune.tokens=768", "finetune.batch_tokens=128", "finetune.lora.dropout=0.1",
 )  # fmt: skip
+STREAMED_OPTIONS = (*COMMON, "calibrate.tokens=64", "finetune.tokens=0")
 RECIPE = "lolcats"
+SHARD_BYTES = 50_000
+"""Of a streamed export: more than one file."""
 
 
-def reference(base: Path) -> tuple[dict[str, Any], dict[str, int]]:
+def reference(base: Path, *, streamed: bool = False) -> tuple[dict[str, Any], dict[str, int]]:
     """What an undisturbed conversion makes, and how many calls each stage takes."""
     counts = base / "counts.json"
 
     def undisturbed() -> None:
-        calls = dict.fromkeys(STAGES, 0)
-        _convert(base, base / "reference" / "out", lambda stage: _counting(calls, stage), checkpoints=random.Random(0))
+        calls = dict.fromkeys(STREAMED if streamed else STAGES, 0)
+        out = base / "reference" / "out"
+        _convert(base, out, lambda stage: _counting(calls, stage), checkpoints=random.Random(0), streamed=streamed)
         counts.write_text(json.dumps(calls))
 
     if _child(undisturbed) != 0:
@@ -56,12 +62,15 @@ def contents(out: Path) -> dict[str, Any]:
     }
 
 
-def run_chain(base: Path, number: int, seed: int, whole: dict[str, Any], calls: dict[str, int]) -> dict[str, Any]:
+def run_chain(
+    base: Path, number: int, seed: int, whole: dict[str, Any], calls: dict[str, int], *, streamed: bool = False
+) -> dict[str, Any]:
     """One conversion, killed up to twice, and its end: {killed: stages, differing: names, failed: what went wrong}."""
     rng = random.Random(f"{seed}:{number}")
     out = base / str(number) / "out"  # its name is in the card
-    first = STAGES[number % len(STAGES)]
-    later = [stage for stage in STAGES if STAGES.index(stage) >= STAGES.index(first)]
+    stages = tuple(calls)
+    first = stages[number % len(stages)]
+    later = [stage for stage in stages if stages.index(stage) >= stages.index(first)]
     plan = [(first, rng.randrange(calls[first]))]
     if rng.random() < 0.5:
         stage = rng.choice(later)
@@ -70,7 +79,8 @@ def run_chain(base: Path, number: int, seed: int, whole: dict[str, Any], calls: 
     for stage, at in plan:
 
         def dying(stage: str = stage, at: int = at) -> None:
-            _convert(base, out, lambda name: _dying(at) if name == stage else None, checkpoints=rng)
+            profile = _dying(at)  # one for all calls of the stage: a streamed conversion has some a layer
+            _convert(base, out, lambda name: profile if name == stage else None, checkpoints=rng, streamed=streamed)
 
         code = _child(dying)
         if code == -signal.SIGKILL:
@@ -78,7 +88,11 @@ def run_chain(base: Path, number: int, seed: int, whole: dict[str, Any], calls: 
             continue
         failed = f"{stage} at call {at}: ended with {code}" if code else ""
         break  # it is over: a resumed stage is shorter
-    if not failed and not out.exists() and _child(lambda: _convert(base, out, lambda name: None, checkpoints=rng)) != 0:
+
+    def ending() -> None:
+        _convert(base, out, lambda name: None, checkpoints=rng, streamed=streamed)
+
+    if not failed and not out.exists() and _child(ending) != 0:
         failed = f"killed in {', '.join(killed)}: cannot be resumed"
     found = contents(out) if out.exists() else {}
     differing = sorted(name for name in {**whole, **found} if whole.get(name) != found.get(name))
@@ -94,9 +108,13 @@ def run_chain(base: Path, number: int, seed: int, whole: dict[str, Any], calls: 
     }
 
 
-def _convert(base: Path, out: Path, hook: Callable[[str], Any], *, checkpoints: random.Random) -> None:
+def _convert(
+    base: Path, out: Path, hook: Callable[[str], Any], *, checkpoints: random.Random, streamed: bool = False
+) -> None:
     """A conversion that goes on where the last one stopped; `hook(stage)` gives a profiler for the stage, or None."""
-    from linearize.convert import checkpoint, export, pipeline, verify
+    from linearize.artifacts.shards import ShardWriter
+    from linearize.convert import checkpoint, export, pipeline, stream_convert, stream_run, verify
+    from linearize.convert.early import run_folder
 
     def watched(stage: str, owner: Any, name: str) -> None:
         real = getattr(owner, name)
@@ -110,22 +128,34 @@ def _convert(base: Path, out: Path, hook: Callable[[str], Any], *, checkpoints: 
 
         setattr(owner, name, run)
 
-    watched("calibrate", pipeline, "calibrate")
-    watched("align", pipeline, "align_layers")
-    watched("finetune", pipeline, "finetune_model")
-    watched("merge", export, "merge")
-    watched("export", export, "write_export")
+    if streamed:
+        stream_convert.SHARD_BYTES = SHARD_BYTES
+        watched("embed", stream_convert, "begin")
+        watched("calibrate", stream_run, "calibrate")
+        watched("align", stream_run, "align_layers")
+        watched("states", stream_run, "_advance")
+        watched("shards", ShardWriter, "write")
+        watched("shards", ShardWriter, "finish")
+        watched("progress", stream_run, "_save")
+        watched("export", export, "write_beside")
+        watched("verify", stream_convert, "verify_streamed")
+    else:
+        watched("calibrate", pipeline, "calibrate")
+        watched("align", pipeline, "align_layers")
+        watched("finetune", pipeline, "finetune_model")
+        watched("merge", export, "merge")
+        watched("export", export, "write_export")
+        watched("verify", pipeline, "verify_export")
     watched("export", export, "finish_export")
-    watched("verify", pipeline, "verify_export")
     # The fresh processes are another test's matter; what is copied for them is not.
     verify._ask = lambda mode, copy, room, expected, device: (  # type: ignore[assignment]
         expected.logits,
         {"tokens": expected.tokens, "text": expected.text},
     )
     checkpoint.Run.due = lambda self: checkpoints.random() < 0.5  # type: ignore[method-assign]
-    pipeline.convert(
-        base / "teacher", out, recipe=RECIPE, data=str(base / "text.txt"), overrides=list(OPTIONS), resume=True
-    )
+    options = list(STREAMED_OPTIONS if streamed else OPTIONS)
+    places: dict[str, Any] = {"recipe": RECIPE, "data": str(base / "text.txt"), "overrides": options}
+    pipeline.convert(base / "teacher", out, resume=run_folder(out).exists(), stream=streamed, **places)
 
 
 def _counting(calls: dict[str, int], stage: str) -> Callable[..., None]:
@@ -160,7 +190,7 @@ def _child(work: Callable[[], Any]) -> int:
     return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
 
 
-def run_all(base: Path, *, kills: int, seed: int = 0) -> dict[str, Any]:
+def run_all(base: Path, *, kills: int, seed: int = 0, streamed: bool = False) -> dict[str, Any]:
     """Chains of kills until there were `kills`; counts, and one line for everything that went wrong."""
     import torch
 
@@ -169,18 +199,20 @@ def run_all(base: Path, *, kills: int, seed: int = 0) -> dict[str, Any]:
     torch.set_num_threads(1)  # this process forks
     _build_llama(base / "teacher", initializer_range=0.2, max_position_embeddings=256)
     (base / "text.txt").write_text("Nothing is lost when a writer dies. " * 600)
-    whole, calls = reference(base)
+    gc.freeze()  # children that collect garbage need not look through all of this process
+    whole, calls = reference(base, streamed=streamed)
     killed: Counter[str] = Counter()
     failures: list[str] = []
     chains = 0
     while killed.total() < kills and chains < 2 * kills:
-        found = run_chain(base, chains, seed, whole, calls)
+        found = run_chain(base, chains, seed, whole, calls, streamed=streamed)
         killed.update(found["killed"])
         label = f"chain {chains} {found['plan']}"
         failures += [f"{label}: {found['failed']}"] if found["failed"] else []
         failures += [f"{label}: another {name}" for name in found["differing"]]
         failures += [f"{label}: left {name}" for name in found["left"]]
         chains += 1
+    gc.unfreeze()
     return {
         "kills": killed.total(),
         "conversions": chains,
@@ -196,11 +228,12 @@ def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m tests.convert.kills", description=__doc__.split("\n")[0])
     parser.add_argument("--kills", type=int, default=60, metavar="N", help="how many (60)")
     parser.add_argument("--seed", type=int, default=0, metavar="N", help="of the places (0)")
+    parser.add_argument("--streamed", action="store_true", help="a conversion that streams its layers")
     parser.add_argument("--json", action="store_true", help="one JSON object on stdout")
     given = parser.parse_args(argv)
     begin = time.monotonic()
     with tempfile.TemporaryDirectory(prefix="linearize-kills-") as place:
-        result = run_all(Path(place), kills=given.kills, seed=given.seed)
+        result = run_all(Path(place), kills=given.kills, seed=given.seed, streamed=given.streamed)
     result["seconds"] = round(time.monotonic() - begin, 1)
     if given.json:
         print(json.dumps(result, indent=2))

@@ -229,7 +229,7 @@ def test_auto_and_the_layers_it_chose_are_two_recipes_to_a_resume(
     places: dict[str, Any] = {"recipe": "pure", "data": str(text_file)}
     with pytest.raises(KeyboardInterrupt):
         convert(deep_teacher, tmp_path / "out", progress=Watch("align", 1), overrides=TRAINED, **places)
-    with pytest.raises(RefusedError, match="another conversion; differing: recipe"):
+    with pytest.raises(RefusedError, match=r"another conversion; differing: the recipe \(keep_softmax="):
         convert(
             deep_teacher, tmp_path / "out", overrides=[*TRAINED, f"keep_softmax={list(KEPT)}"], resume=True, **places
         )

@@ -23,7 +23,7 @@ from linearize.convert.checkpoint import (
 )
 from linearize.convert.early import require_no_run, require_out, run_folder
 from linearize.convert.restore import settled, unpack_state
-from linearize.errors import RefusedError
+from linearize.errors import RefusedError, UsageError
 
 
 class Stop(Exception):
@@ -63,7 +63,7 @@ def test_newest_two_are_kept_and_the_newest_is_found(tmp_path: Path) -> None:
 
 def test_a_run_of_something_else_is_refused_and_kept(tmp_path: Path) -> None:
     leave(tmp_path / "out")
-    with pytest.raises(RefusedError, match="differing: recipe, data"), open_run(tmp_path / "out") as run:
+    with pytest.raises(RefusedError, match="differing: the recipe, the text"), open_run(tmp_path / "out") as run:
         start_of(run, data="c", recipe="d")
     with pytest.raises(RefusedError, match="Add --resume"), open_run(tmp_path / "out") as run:
         start_of(run, resume=False)
@@ -119,8 +119,9 @@ def test_two_converts_into_one_folder(tmp_path: Path) -> None:
 
 def test_a_second_convert_is_told_of_the_first_one_not_to_resume(tmp_path: Path) -> None:
     out = tmp_path / "new" / "out"
-    for resume in (False, True):
-        require_out(out, resume=resume)
+    require_out(out, resume=False)
+    with pytest.raises(UsageError, match="no unfinished run to resume"):
+        require_out(out, resume=True)
     assert not list(tmp_path.iterdir())
     leave(out)
     with open_run(out):

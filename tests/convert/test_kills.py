@@ -15,3 +15,11 @@ def test_killed_anywhere_and_resumed_bit_for_bit(tmp_path: Path) -> None:
     assert result["failures"] == []
     assert result["kills"] >= len(kills.STAGES) and len(result["by_stage"]) >= 4
     assert min(result["calls"].values()) > 100  # there are many places to die in each stage
+
+
+@pytest.mark.slow
+def test_killed_anywhere_in_a_streamed_conversion(tmp_path: Path) -> None:
+    result = kills.run_all(tmp_path, kills=6, seed=0, streamed=True)
+    assert result["failures"] == []
+    assert result["kills"] >= 6 and len(result["by_stage"]) >= 5
+    assert min(result["calls"].values()) > 100

@@ -16,7 +16,7 @@ from safetensors.torch import load_file
 from linearize.convert import checkpoint, pipeline
 from linearize.convert.early import run_folder
 from linearize.convert.pipeline import convert
-from linearize.errors import RefusedError
+from linearize.errors import RefusedError, UsageError
 from linearize.progress import NullProgress
 from tests.interrupter import Interrupter
 
@@ -105,21 +105,25 @@ def test_interrupted_and_resumed(
     monkeypatch.setattr(checkpoint, "SECONDS", 3600.0)  # only the interruption saves
     out = tmp_path / "out"
     run: Callable[..., Any] = lambda **more: convert(  # noqa: E731
-        teacher_folder, out, recipe="lolcats", data=str(text_file), **{"overrides": OPTIONS, **more}
+        teacher_folder, out, recipe="lolcats", **{"data": str(text_file), "overrides": OPTIONS, **more}
     )
     with pytest.raises(KeyboardInterrupt):
         run(progress=Interrupter("align", 4))
     assert not out.exists()
     with pytest.raises(RefusedError, match=r"holds an unfinished run\. Add --resume"):
         run()
-    with pytest.raises(RefusedError, match="another conversion; differing: recipe"):
+    with pytest.raises(RefusedError, match=r"another conversion; differing: the recipe \(seed=6, then 5\)\. Give what"):
         run(overrides=[*OPTIONS, "seed=6"], resume=True)
+    with pytest.raises(RefusedError, match=r"differing: the recipe \(context=48, then 64\)\. Give"):  # so other windows
+        run(overrides=[*OPTIONS, "context=48"], resume=True)
+    (tmp_path / "other.txt").write_text(text_file.read_text()[::-1])
+    with pytest.raises(RefusedError, match=rf"the text \({tmp_path}/other.txt, then {text_file}\)\. Give"):
+        run(data=str(tmp_path / "other.txt"), resume=True)
     with pytest.raises(KeyboardInterrupt):
         run(progress=Interrupter("finetune", 5), resume=True)
     same(whole, out, run(resume=True))
-    with pytest.raises(RefusedError, match="is not empty") as caught:
+    with pytest.raises(RefusedError, match="is a finished conversion: there is nothing to resume"):
         run(resume=True)
-    assert "--resume" not in str(caught.value)
 
 
 class Tables(NullProgress):
@@ -143,8 +147,27 @@ def test_a_stage_that_was_over_is_not_told_again(
     assert not watch.rows
 
 
-def test_resume_with_nothing_there_begins(whole: Any, teacher_folder: Path, text_file: Path, tmp_path: Path) -> None:
-    report = convert(
-        teacher_folder, tmp_path / "out", recipe="lolcats", data=str(text_file), overrides=OPTIONS, resume=True
-    )
-    same(whole, tmp_path / "out", report)
+class Told(NullProgress):
+    """Keeps what it was told."""
+
+    def __init__(self) -> None:
+        self.lines: list[str] = []
+
+    def message(self, text: str) -> None:
+        self.lines.append(text)
+
+
+def test_resume_begins_only_what_was_begun(whole: Any, teacher_folder: Path, text_file: Path, tmp_path: Path) -> None:
+    out, watch = tmp_path / "out", Told()
+    places: dict[str, Any] = {"recipe": "lolcats", "data": str(text_file), "overrides": OPTIONS, "resume": True}
+    run_folder(tmp_path / "outs").mkdir()
+    with pytest.raises(
+        UsageError, match=r"out has no unfinished run to resume. Did you mean 'outs'\? Leave out --resume"
+    ):
+        convert(teacher_folder, out, **places)
+    assert [path.name for path in tmp_path.iterdir()] == [".outs.linearize-run"]
+
+    run_folder(out).mkdir()  # killed before it had saved anything
+    (run_folder(out) / "lock").touch()
+    same(whole, out, convert(teacher_folder, out, progress=watch, **places))
+    assert watch.lines.count("the run was killed before it had saved anything: it begins anew") == 1

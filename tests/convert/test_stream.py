@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import os
-import signal
 import subprocess
 import sys
 from collections.abc import Callable
@@ -13,20 +12,18 @@ from typing import Any
 
 import pytest
 import torch
-from safetensors.torch import load_file
 
 from linearize.artifacts.weights import INDEX, list_shards
-from linearize.convert import checkpoint, pipeline, stream, stream_convert, stream_progress, stream_run
+from linearize.convert import pipeline, stream, stream_convert, stream_run
 from linearize.convert.early import run_folder
 from linearize.convert.pipeline import convert
 from linearize.convert.stream_states import Stream
 from linearize.errors import RefusedError, UsageError, VerificationError
 from linearize.progress import NullProgress
 from tests.conftest import save_byte_tokenizer
+from tests.convert.streamed import SMALL, same, weights
 from tests.modeling.families import teacher as random_teacher
 
-SMALL = ["context=64", "mixer.window=16", "mixer.feature_dim=8", "device=cpu", "seed=5", "finetune.tokens=0",
-         "align.tokens=1536", "align.batch_tokens=256"]  # fmt: skip
 HIDDEN = ["calibrate.tokens=128", "keep_softmax=[1]", "repeats=1"]
 EPOCHS = ["align.window_dropout=0.5", "align.train=[mixer,q_proj]", "align.tokens=7k", "align.batch_tokens=1024",
           "mixer.window=8"]  # fmt: skip
@@ -55,16 +52,6 @@ def save(folder: Path, family: str, dtype: torch.dtype = torch.float32, **config
     assert len(list_shards(folder)) > 2
     save_byte_tokenizer(folder)
     return folder
-
-
-def weights(folder: Path) -> dict[str, torch.Tensor]:
-    return {name: tensor for shard in list_shards(folder) for name, tensor in load_file(shard).items()}
-
-
-def same(ours: Path, theirs: Path) -> None:
-    one, other = weights(ours), weights(theirs)
-    assert one.keys() == other.keys()
-    assert [name for name in one if not torch.equal(one[name], other[name])] == []
 
 
 @pytest.mark.parametrize("family", stream.FINAL_NORM)
@@ -206,118 +193,6 @@ def test_on_the_command_line(
     assert main([*command, "--stream", *SMALL, "align.tokens=256"]) == 0
     told = capsys.readouterr().err
     assert "Read back layer by layer: " in told and "Streamed, one layer at a time: " in told
-
-
-class Dead(BaseException):
-    """As if the process were gone."""
-
-
-@pytest.fixture(scope="module")
-def reference(teacher_folder: Path, text_file: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The streamed run that nothing interrupts."""
-    out = tmp_path_factory.mktemp("whole") / "out"
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(stream_convert, "verify_export", lambda folder, expected, **places: {})
-        convert(teacher_folder, out, recipe="pure", data=str(text_file), overrides=PURE, stream=True)
-    return out
-
-
-PURE = [*SMALL, "calibrate.tokens=128"]
-DEATHS = {
-    "between two layers": (stream_run, "_save", 2),
-    "in a calibration": (stream_run, "calibrate", 2),
-    "between two steps": (stream_progress.OneOfMany, "step", 9),
-    "before hidden states are written": (Stream, "write", 4),
-    "while a layer is written": (stream_convert.ShardWriter, "write", 20),
-    "in verification": (stream_convert, "verify_streamed", 1),
-}
-
-
-@pytest.mark.parametrize("where", DEATHS)
-def test_resumed_after_a_death(
-    where: str, reference: Path, teacher_folder: Path, text_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    owner, name, number = DEATHS[where]
-    function, calls = getattr(owner, name), []
-    done: list[int] = []
-
-    def dying(*args: Any, **kwargs: Any) -> Any:
-        calls.append(name)
-        if len(calls) == number:
-            raise Dead
-        return function(*args, **kwargs)
-
-    layer = stream_run._convert_layer
-    out, run = tmp_path / "out", {"recipe": "pure", "data": str(text_file), "overrides": PURE}
-    with monkeypatch.context() as patch:
-        patch.setattr(owner, name, dying)
-        patch.setattr(checkpoint.Run, "due", lambda self: True)
-        with pytest.raises(Dead):
-            convert(teacher_folder, out, stream=True, **run)
-    assert not out.exists() and len(calls) == number
-    with pytest.raises(RefusedError, match="holds an unfinished run"):
-        convert(teacher_folder, out, stream=True, **run)
-    with pytest.raises(RefusedError, match="another conversion; differing: streamed"):
-        convert(teacher_folder, out, stream=False, resume=True, **run)
-    before = checkpoint.latest(checkpoint.Run(path=run_folder(out), lock=-1))
-    assert before is not None
-    monkeypatch.setattr(stream_run, "_convert_layer", lambda work, index: (done.append(index), layer(work, index)))
-    convert(teacher_folder, out, resume=True, **run)  # it knows by itself that it streams
-    assert done == list(range(before.step, 2))  # what was written is not done again
-    same(out, reference)
-    assert not run_folder(out).exists()
-
-
-KILLED = """
-import os, signal, sys
-import torch
-from linearize.convert import align, checkpoint
-from linearize.convert.pipeline import convert
-torch.set_num_threads(1)
-teacher, out, data, *options = sys.argv[1:]
-checkpoint.Run.due = lambda self: True
-save = checkpoint.save
-def saved(run, **what):
-    save(run, **what)
-    if run.path.name == "layer-00001" and what["step"] == 3:
-        os.kill(os.getpid(), signal.SIGKILL)
-align.save = saved
-convert(teacher, out, recipe="pure", data=data, overrides=options, stream=True)
-"""
-
-
-@pytest.mark.slow
-def test_killed_within_a_layer(
-    reference: Path, teacher_folder: Path, text_file: Path, tmp_path: Path, source_env: dict[str, str],
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:  # fmt: skip
-    out = tmp_path / "out"
-    command = [sys.executable, "-c", KILLED, str(teacher_folder), str(out), str(text_file), *PURE]
-    done = subprocess.run(command, env=source_env, capture_output=True, text=True, check=False)
-    assert done.returncode == -signal.SIGKILL, done.stderr
-    assert not out.exists()
-    steps: list[int] = []
-
-    class Counting(NullProgress):
-        def step(self, stage: str, step: int, *rest: Any) -> None:
-            steps.append(step)
-
-    convert(teacher_folder, out, recipe="pure", data=str(text_file), overrides=PURE, resume=True, progress=Counting())
-    assert steps == [10, 11, 12]  # of six a layer
-    same(out, reference)
-
-
-def test_a_missing_file_of_hidden_states_is_named(
-    teacher_folder: Path, text_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    out, run = tmp_path / "out", {"recipe": "pure", "data": str(text_file), "overrides": PURE}
-    with monkeypatch.context() as patch:
-        patch.setattr(stream_run, "_convert_layer", lambda work, index: (_ for _ in ()).throw(Dead))
-        with pytest.raises(Dead):
-            convert(teacher_folder, out, stream=True, **run)
-    os.truncate(run_folder(out) / "align-00000.hidden", 100)
-    with pytest.raises(RefusedError, match=r"align-00000\.hidden is missing or cut short\. Delete .* start over"):
-        convert(teacher_folder, out, resume=True, **run)
 
 
 @pytest.mark.parametrize("what", ["a bit", "a number", "the config"])

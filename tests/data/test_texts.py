@@ -14,8 +14,8 @@ from pathlib import Path
 
 import pytest
 
-from linearize.data import load_source, load_texts
-from linearize.errors import UsageError
+from linearize.data import load_source, load_texts, require_place
+from linearize.errors import RefusedError, UsageError
 
 DOCS = ["one\ntwo", "über 東京", "three"]
 
@@ -91,7 +91,7 @@ def test_limit_stops_reading(tmp_path: Path) -> None:
 
 FAULTS = {
     "missing field": ("a.jsonl", jsonl(["x"]) + b'{"txt": 1}', r"a\.jsonl, line 2: the field 'text' is missing;.* txt"),
-    "field is a number": ("a.jsonl", b'{"text": 3}', "line 1: the field 'text' is not a string but a int"),
+    "field is a number": ("a.jsonl", b'{"text": 3}', "line 1: the field 'text' holds int, not text"),
     "not an object": ("a.jsonl", b'["x"]', "line 1: a record is an object"),
     "not JSON": ("a.jsonl", jsonl(["x", "y"]) + b"{oops}\n", "line 3: not JSON"),
     "not JSON to the end of the line": (
@@ -175,11 +175,43 @@ def test_hub_options(monkeypatch: pytest.MonkeyPatch) -> None:
         "the only column of strings; empty cells are none"
     )
     assert calls == [("owner/name", None, "extra", True, ("revision", "abc"))]
+    assert load_texts("owner/name@abc:split=extra") == whole and calls[1] == calls[0]
+    for name in ("owner/name@v1:revision=v2", "owner/name@"):
+        with pytest.raises(UsageError, match="names a revision, and :revision= another"):
+            require_place(name)
     # A split that is named is that split, whatever part a command would take by itself.
     assert load_texts("owner/name:split=extra", split="heldout") == whole
     mixed = load_texts("owner/name:split=extra:shuffle=3")
     assert sorted(mixed) == sorted(whole) and mixed != whole
     assert mixed == load_texts("owner/name:split=extra:shuffle=3") != load_texts("owner/name:split=extra:shuffle=4")
+
+
+def test_offline_is_said(monkeypatch: pytest.MonkeyPatch) -> None:
+    from huggingface_hub import constants
+
+    fake_datasets(monkeypatch, {"train": []})
+
+    def unreachable(*names: object, **at: str) -> None:
+        raise ConnectionError("no way")
+
+    monkeypatch.setattr(sys.modules["datasets"], "get_dataset_split_names", unreachable)
+    for offline, kind, words in (
+        (True, RefusedError, "HF_HUB_OFFLINE is set, and the Hub dataset owner/name is not in the cache. Unset it"),
+        (False, UsageError, r"owner/name: cannot be read from the Hub \(ConnectionError: no way\). Check the name"),
+    ):
+        monkeypatch.setattr(constants, "HF_HUB_OFFLINE", offline)
+        with pytest.raises(kind, match=words):
+            load_texts("owner/name")
+
+
+def test_hidden_folders_are_not_read(tmp_path: Path) -> None:
+    for name in ("a.txt", ".b.txt", ".out.linearize-run/c.txt", "d/e.txt"):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).write_text(name)
+    assert load_texts(str(tmp_path)) == ["a.txt", "d/e.txt"]
+    for empty in ("", " "):
+        with pytest.raises(UsageError, match=r"the data is empty\. Give a text file"):
+            require_place(empty)
 
 
 def test_hub_faults_are_one_line(monkeypatch: pytest.MonkeyPatch) -> None:

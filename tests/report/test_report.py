@@ -63,7 +63,7 @@ def test_bad_input_is_refused_before_any_work(places: dict[str, Path], tmp_path:
         linearize.report(run, out=kept)
     assert kept.read_text() == "<html>mine</html>"
     refused: list[tuple[str, dict[str, Any]]] = [
-        ("no conversion made it", {"run": teacher}),
+        ("is an ordinary checkpoint", {"run": teacher}),
         ("there is no model", {"run": tmp_path / "none"}),
         ("--data: missing", {"against": teacher}),
         ("--against: missing", {"data": data}),

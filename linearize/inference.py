@@ -1,0 +1,91 @@
+"""To run a model, native or converted, from Python: load it, and continue a text. Heavy imports wait."""
+
+from __future__ import annotations
+
+import os
+import time
+from typing import TYPE_CHECKING, Any
+
+from linearize.errors import UsageError
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+PathLike = str | os.PathLike[str]
+
+
+def load(
+    model: PathLike, *, revision: str | None = None, device: str = "auto", dtype: str = "auto"
+) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+    """A model, native or converted, in eval mode, and its tokenizer. No code of the checkpoint is ever run.
+
+    Args:
+        model: a folder, a Hub id, or `demo`. A Hub id may be `owner/name@REVISION`, here and wherever a model is named.
+        revision: the same, apart: a commit, a tag or a branch.
+        device: auto | cpu | cuda | cuda:N.
+        dtype: auto (as stored) | float32 | bfloat16 | float16.
+
+    Raises:
+        UsageError: no such model, or a family that is not supported. RefusedError: the checkpoint is damaged.
+    """
+    from linearize.artifacts.download import pin
+    from linearize.artifacts.load import load_model, load_tokenizer, resolve
+
+    path = resolve(pin(model, revision))
+    return load_model(path, device=device, dtype=dtype), load_tokenizer(path)
+
+
+def generate(
+    model: PathLike,
+    prompt: str,
+    *,
+    max_new_tokens: int = 100,
+    temperature: float = 0.0,
+    seed: int = 0,
+    device: str = "auto",
+    dtype: str = "auto",
+) -> dict[str, Any]:
+    """Continue `prompt`: greedy at temperature 0, else sampled with `seed`.
+
+    Returns:
+        prompt, completion, text (both), new_tokens, seconds (of generation), tokens_per_second, device, dtype.
+
+    Raises:
+        UsageError: bad input, such as an empty prompt for a tokenizer without a BOS token, or a masked language model.
+    """
+    import torch
+
+    from linearize.artifacts.kind import require_causal
+    from linearize.artifacts.load import resolve
+
+    require_causal(resolve(os.fspath(model)), os.fspath(model), "Use: transformers.pipeline('fill-mask', model=OUT)")
+    loaded, tokenizer = load(model, device=device, dtype=dtype)
+    ids = tokenizer(prompt, return_tensors="pt")["input_ids"].to(loaded.device).long()
+    if ids.shape[1] == 0:
+        if tokenizer.bos_token_id is None:
+            raise UsageError("--prompt: empty, and the tokenizer has no BOS token to start from", "Give some text.")
+        ids = torch.tensor([[tokenizer.bos_token_id]], device=loaded.device)
+    torch.manual_seed(seed)
+    sampling: dict[str, Any] = {"do_sample": False, "temperature": None, "top_p": None, "top_k": None}
+    if temperature > 0:
+        sampling = {"do_sample": True, "temperature": temperature, "top_p": 1.0, "top_k": 0}
+    pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id
+    began = time.perf_counter()
+    with torch.no_grad():
+        tokens = loaded.generate(
+            ids, attention_mask=torch.ones_like(ids), max_new_tokens=max_new_tokens, pad_token_id=pad, **sampling
+        )[0]
+    seconds = time.perf_counter() - began
+    text = tokenizer.decode(tokens, skip_special_tokens=True)
+    new = tokens[ids.shape[1] :]
+    return {
+        "model": os.fspath(model),
+        "prompt": prompt,
+        "completion": tokenizer.decode(new, skip_special_tokens=True),
+        "text": text,
+        "new_tokens": len(new),
+        "seconds": seconds,
+        "tokens_per_second": len(new) / seconds if seconds > 0 else 0.0,
+        "device": str(loaded.device),
+        "dtype": str(loaded.dtype).removeprefix("torch."),
+    }
