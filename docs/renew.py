@@ -1,7 +1,11 @@
-"""Renews the generated pages, docs/commands.md and docs/recipes.md, from the command line and the recipes themselves.
+"""Renews the generated pages from the command line and the recipes themselves.
 
     python docs/renew.py            # write them
     python docs/renew.py --check    # say which are out of date; exit code 1 if one is
+
+    commands.md, recipes.md         the two indexes
+    commands/NAME.md                what a command prints with --help; below a mark the page is written by hand
+    recipes/NAME.md                 the header of a recipe, and the keys that it changes
 
 tests/docs checks them. Run it after a change to a command's help or to a recipe.
 """
@@ -14,29 +18,59 @@ import io
 import os
 import re
 import sys
+from collections.abc import Iterable, Mapping
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
-ROOT = Path(__file__).resolve().parents[1]
+if TYPE_CHECKING:
+    from linearize.recipe import Recipe
+
+DOCS = Path(__file__).resolve().parent
+ROOT = DOCS.parent
 sys.path[:0] = [str(ROOT), str(ROOT / "kernels"), str(ROOT / "cli")]
 COMMAND = "python docs/renew.py"
 MADE = f"<!-- Made by {COMMAND}: do not edit. -->"
 WIDTH = "100"
+BY_HAND = "<!-- Written by hand from here on; what is above is made by python docs/renew.py. -->"
+ABOUT_COMMANDS = (
+    "One page a command: its `--help`, what it writes, exit codes, and examples whose output a test compares.",
+    "Schemas of `--json`: [json.md](json.md). `out` and `heldout.txt` are those of the [tutorial](tutorial.md).",
+    "",
+    "The outputs were printed on 2026-11-22 after the tutorial's few seconds of training (CPU, 2 cores busy with other",
+    "work, Python 3.11.7, torch 2.13.0, transformers 5.17.0): they show the form, not what a conversion is worth",
+    "([quality.md](quality.md)) or how fast it is ([kernels.md](kernels.md)).",
+)
 ABOUT_RECIPES = (
     "A recipe is a YAML file: how the mixer is built, what is calibrated, aligned and finetuned.",
     "`linearize recipes show NAME` prints one with a comment on every key, `linearize recipes cp NAME FILE` copies it.",
     "The figures are those of the recipes' headers; R is the recovery (0 %: the teacher cut to the window, 100 %: the",
-    "teacher), and [quality.md](quality.md) says how it is measured.",
+    "teacher), and [quality.md](quality.md) says how it is measured. An empty cell was not measured.",
 )
+FIGURES = {
+    "R": "recovery: 0 % is the teacher cut to the window, 100 % the teacher",
+    "state": "what one sequence keeps; KV: and the cache of the layers that stay softmax",
+    "PPL": "perplexity of the converted model",
+    "window-alone": "its perplexity with the window alone",
+    "linear-alone": "its perplexity with the linear branch alone",
+    "recall": "share of what the teacher can recall from beyond the window",
+    "kept": "which layers stayed softmax",
+    "tokens": "most that both stages read",
+    "seed": "of this row",
+    "seed-1": "the same with seed 1",
+}
+"""What the words of `# Measured:` lines mean; the others (teacher, date, on) say where."""
 MORE = {
     "audit": "evaluation.md#audit-and-recall",
     "bench": "evaluation.md#speed-and-memory-bench",
     "convert": "tutorial.md",
     "eval": "evaluation.md",
     "import lolcats": "import.md",
-    "push": "hub.md",
+    "inspect": "tutorial.md#look-before",
+    "push": "hub.md#push",
     "recall": "evaluation.md#audit-and-recall",
     "recipes ls": "recipes.md",
     "report": "report.md",
+    "verify": "trust.md",
 }
 """Where more is said about a command."""
 WHEN = {
@@ -58,30 +92,49 @@ WHEN = {
 """When to take each recipe; a word for every recipe that ships, no figures."""
 
 
-def commands() -> str:
-    """The page of commands: what each prints with --help."""
+def command_index() -> str:
+    """The index of the commands."""
     from linearize_cli.app import app
 
-    lines = [
-        "# Commands",
-        "",
-        MADE,
-        "",
-        "What every command prints with `--help`. Schemas of `--json`: [json.md](json.md).",
-        "",
-    ]
-    found = [path for path in command_paths(app) if path]
-    lines += ["| command | what it does |", "|---|---|"]
-    for path in found:
-        name = " ".join(path)
-        lines.append(f"| [`linearize {name}`](#linearize-{name.replace(' ', '-')}) | {first_line(help_of(path))} |")
-    for path in [(), *found]:
-        name = " ".join(("linearize", *path))
-        lines += ["", f"## {name}", "", "```text", help_of(path).strip(), "```"]
-        more = MORE.get(" ".join(path))
-        if more:
-            lines += ["", f"More: [{more.partition('#')[0]}]({more})"]
-    return "\n".join(lines) + "\n"
+    lines = ["# Commands", "", MADE, "", *ABOUT_COMMANDS, "", "| command | what it does |", "|---|---|"]
+    for path in filter(None, command_paths(app)):
+        lines.append(f"| [`linearize {' '.join(path)}`](commands/{page_of(path)}) | {first_line(help_of(path))} |")
+    return "\n".join([*lines, "", "```text", help_of(()).strip(), "```", ""])
+
+
+def command_page(path: tuple[str, ...]) -> str:
+    """A command's page: its help, and what is written by hand below the mark."""
+    name, text = " ".join(path), help_of(path).strip()
+    lines = [f"# linearize {name}", "", first_line(text), "", "```text", text, "```", ""]
+    schemas = [f"[{title}](../json.md#{slug(title)})" for title in json_sections() if is_of(title, name)]
+    more = MORE.get(name)
+    said = f" More: [{more.partition('#')[0]}](../{more})." if more else ""
+    lines += [f"What `--json` prints: {', '.join(schemas)}.{said} [All commands](../commands.md).", "", BY_HAND]
+    page = DOCS / "commands" / page_of(path)
+    old = page.read_text(encoding="utf-8") if page.is_file() else ""
+    tail = old.partition(BY_HAND)[2] or "\n\n## What it writes\n\n## Exit codes\n\n## Examples\n"
+    return "\n".join(lines) + tail
+
+
+def page_of(path: tuple[str, ...]) -> str:
+    """The file of a command's page: `recipes-ls.md`."""
+    return f"{'-'.join(path)}.md"
+
+
+def json_sections() -> list[str]:
+    """Headings of docs/json.md."""
+    text = (DOCS / "json.md").read_text(encoding="utf-8")
+    return re.findall(r"^## (.+)$", text, re.MULTILINE)
+
+
+def is_of(title: str, name: str) -> bool:
+    """Whether a section of docs/json.md is about a command: `eval --data` is about `eval`."""
+    return title == name or title.startswith((f"{name} -", f"{name} of "))
+
+
+def slug(title: str) -> str:
+    """The anchor of a heading on GitHub."""
+    return re.sub(r"[^\w\- ]", "", title.lower()).replace(" ", "-")
 
 
 def command_paths(app: object) -> list[tuple[str, ...]]:
@@ -118,11 +171,10 @@ def first_line(text: str) -> str:
     return " ".join(body.split())
 
 
-def recipes() -> str:
-    """The page of recipes, from their headers and values."""
-    from linearize.recipe import list_recipes, load_recipe, measured, recipe_path
+def recipe_index() -> str:
+    """The index of the recipes."""
+    from linearize.recipe import list_recipes, measured
 
-    names = list_recipes()
     lines = [
         "# Recipes",
         "",
@@ -133,35 +185,104 @@ def recipes() -> str:
         "| recipe | when to take it | R | state |",
         "|---|---|---|---|",
     ]
-    for name in names:
+    for name in list_recipes():
         figures = measured(name)
-        lines.append(f"| [`{name}`](#{name}) | {WHEN[name]} | {figures.get('R', '')} | {figures.get('state', '')} |")
-    for name in names:
-        recipe, figures = load_recipe(name), measured(name)
-        mixer, stages = recipe.mixer, (recipe.calibrate, recipe.align, recipe.finetune)
-        lines += [
-            "",
-            f"## {name}",
-            "",
-            f"{recipe.summary}.",
-            "",
-            linked(prose(recipe_path(name).read_text(encoding="utf-8"))),
-        ]
-        lines += ["", f"**When:** {WHEN[name]}", "", f"Papers: {linked(recipe.paper)}", ""]
-        rows = {
-            "feature map": mixer.feature_map + (f", {mixer.feature_dim} outputs" if mixer.feature_dim else ""),
-            "decay, write": f"{mixer.decay}, {mixer.write}",
-            "normaliser": mixer.normaliser,
-            "window, sinks": f"{mixer.window}, {mixer.sinks}" if mixer.window else "none",
-            "mix": mixer.mix if mixer.window and mixer.write != "none" else "one branch",
-            "softmax layers kept": str(recipe.keep_softmax),
-            "tokens: calibrate, align, finetune": ", ".join(f"{stage.tokens:,}" for stage in stages),
-        }
-        lines += ["| | |", "|---|---|", *(f"| {key} | {value} |" for key, value in rows.items())]
-        told = "; ".join(f"{key} {value}" for key, value in figures.items())
-        lines += ["", f"Measured: {told}." if told else "Measured: not yet."]
-        lines += ["", "```", f"linearize convert MODEL OUT --recipe {name} --data DATA", "```"]
+        row = (f"[`{name}`](recipes/{name}.md)", WHEN[name], figures.get("R", ""), figures.get("state", ""))
+        lines.append(f"| {' | '.join(row)} |")
     return "\n".join(lines) + "\n"
+
+
+def recipe_page(name: str) -> str:
+    """A recipe's page, from its header and its values."""
+    from linearize.recipe import load_recipe, measured, recipe_path
+
+    recipe, text = load_recipe(name), recipe_path(name).read_text(encoding="utf-8")
+    lines = [f"# {name}", "", MADE, "", f"{recipe.summary}.", "", linked(prose(text)), ""]
+    lines += [f"**When:** {WHEN[name]}", "", f"**Papers:** {linked(recipe.paper)}", "", "## Run it", "", "```"]
+    lines += [*re.findall(r"^# (?:Run|Try): +(.+)$", text, re.MULTILINE), "```", ""]
+    if "# Try:" in text:
+        lines += ["The second line is a first look: minutes on a CPU, and far too few tokens for a good model.", ""]
+    lines += ["## Measured", ""]
+    figures = measured(name)
+    if figures:
+        lines += ["| | | |", "|---|---|---|"]
+        lines += [f"| {word} | {value} | {FIGURES[word]} |" for word, value in figures.items() if word in FIGURES]
+        where = "; ".join(f"{word} {value}" for word, value in figures.items() if word not in FIGURES)
+        table = table_of(name, figures["R"])
+        lines += ["", f"{where[:1].upper()}{where[1:]}. Command, whole table and limits: [{table}](../{table})."]
+    else:
+        lines += ["Not yet. `linearize audit` says what a conversion of yours is worth."]
+    mixer, stages = recipe.mixer, (recipe.calibrate, recipe.align, recipe.finetune)
+    rows = {
+        "feature map": mixer.feature_map + (f", {mixer.feature_dim} outputs" if mixer.feature_dim else ""),
+        "decay, write": f"{mixer.decay}, {mixer.write}",
+        "normaliser": mixer.normaliser,
+        "window, sinks": f"{mixer.window}, {mixer.sinks}" if mixer.window else "none",
+        "mix": mixer.mix if mixer.window and mixer.write != "none" else "one branch",
+        "softmax layers kept": str(recipe.keep_softmax),
+        "tokens: calibrate, align, finetune": ", ".join(f"{stage.tokens:,}" for stage in stages),
+    }
+    lines += ["", "## In short", "", "| | |", "|---|---|", *(f"| {key} | {value} |" for key, value in rows.items())]
+    lines += ["", "## Keys that differ from the defaults", ""]
+    lines += [
+        "The default holds where a recipe does not name the key. Any key can be given to `convert`: `key=value`.",
+        "",
+    ]
+    lines += ["| key | here | default | what it is |", "|---|---|---|---|"]
+    about = comments(text)
+    for key, value, default in differences(recipe):
+        cells = [f"`{word}`" if word else "" for word in (key, value, default)]
+        lines.append(f"| {' | '.join([*cells, linked(about.get(key, ''))])} |")
+    return "\n".join([*lines, "", "[All recipes](../recipes.md)"]) + "\n"
+
+
+def table_of(name: str, figure: str) -> str:
+    """The page that has this recipe's row: quality.md, or results.md for the older ones."""
+    rows = (DOCS / "quality.md").read_text(encoding="utf-8").replace("*", "").splitlines()
+    return "quality.md" if any(name in row and figure in row for row in rows) else "results.md"
+
+
+def differences(recipe: Recipe) -> list[tuple[str, str, str]]:
+    """(key, value, default) of every key that has another value than in a recipe that names none."""
+    from linearize.recipe import MixerSpec, Recipe
+
+    plain = flat(Recipe(name=recipe.name, mixer=MixerSpec()).as_dict())
+    mine = flat(recipe.as_dict())
+    told = {"name", "paper", "summary"}
+    keys = [key for key in mine if key not in told and mine[key] != plain.get(key)]
+    return [(key, yaml_of(mine[key]), yaml_of(plain[key]) if key in plain else "") for key in keys]
+
+
+def flat(values: Mapping[str, Any], before: str = "") -> dict[str, Any]:
+    """{`align.lr`: 0.001, ...} of nested sections."""
+    found: dict[str, Any] = {}
+    for key, value in values.items():
+        found |= flat(value, f"{before}{key}.") if isinstance(value, Mapping) else {f"{before}{key}": value}
+    return found
+
+
+def yaml_of(value: Any) -> str:
+    """A value as one writes it in YAML, or behind `key=`."""
+    if isinstance(value, list):
+        return f"[{', '.join(map(yaml_of, value))}]"
+    if isinstance(value, bool) or value is None:
+        return {None: "null", True: "true", False: "false"}[value]
+    if isinstance(value, int) and value >= 1000 and value % 1000 == 0:
+        return f"{value // 10**6}M" if value % 10**6 == 0 else f"{value // 1000}k"
+    return str(value)
+
+
+def comments(text: str) -> dict[str, str]:
+    """{`mixer.window`: what its line in the YAML says of it}."""
+    found: dict[str, str] = {}
+    parents: list[str] = []
+    for line in text.splitlines():
+        match = re.match(r"^( *)(\w+):(.*?)(?: +# (.+))?$", line)
+        if match:
+            parents = [*parents[: len(match[1]) // 2], match[2]]
+            if match[4]:
+                found[".".join(parents)] = match[4]
+    return found
 
 
 def prose(text: str) -> str:
@@ -179,7 +300,8 @@ def prose(text: str) -> str:
         else:
             skipping = False
             kept.append(words)
-    return " ".join(kept[:1]) + ("\n\n" + " ".join(kept[1:]) if kept[1:] else "")
+    first = next((n for n, words in enumerate(kept, 1) if words.endswith(".")), len(kept))
+    return "\n\n".join(" ".join(part) for part in (kept[:first], kept[first:]) if part)
 
 
 def linked(text: str) -> str:
@@ -188,7 +310,20 @@ def linked(text: str) -> str:
     return re.sub(r"arXiv:(\d{4}\.\d{5})", r"[\1](https://arxiv.org/abs/\1)", text)
 
 
-PAGES = {"commands.md": commands, "recipes.md": recipes}
+def made() -> dict[str, str]:
+    """{path below docs/: text} of every generated page."""
+    from linearize.recipe import list_recipes
+    from linearize_cli.app import app
+
+    pages = {"commands.md": command_index(), "recipes.md": recipe_index()}
+    pages |= {f"commands/{page_of(path)}": command_page(path) for path in filter(None, command_paths(app))}
+    return pages | {f"recipes/{name}.md": recipe_page(name) for name in list_recipes()}
+
+
+def left_over(pages: Iterable[str]) -> list[str]:
+    """Pages of commands and recipes that there are no more."""
+    there = [path.relative_to(DOCS).as_posix() for name in ("commands", "recipes") for path in (DOCS / name).glob("*")]
+    return sorted(set(there) - set(pages))
 
 
 def main() -> int:
@@ -196,17 +331,20 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--check", action="store_true", help="write nothing")
     arguments = parser.parse_args()
-    old = []
-    for name, make in PAGES.items():
-        path, text = ROOT / "docs" / name, make()
+    old, pages = [], made()
+    for name, text in pages.items():
+        path = DOCS / name
         if not path.is_file() or path.read_text(encoding="utf-8") != text:
             old.append(name)
             if not arguments.check:
+                path.parent.mkdir(exist_ok=True)
                 path.write_text(text, encoding="utf-8")
                 print(f"wrote docs/{name}")
+    for name in left_over(pages):
+        print(f"docs/{name} is of nothing that there is: remove it", file=sys.stderr)
     if arguments.check and old:
         print(f"out of date: {', '.join(old)}. Run: {COMMAND}", file=sys.stderr)
-    return 1 if arguments.check and old else 0
+    return 1 if left_over(pages) or (arguments.check and old) else 0
 
 
 if __name__ == "__main__":

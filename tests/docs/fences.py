@@ -1,17 +1,19 @@
-"""The commands that the pages show: lines of blocks that begin with `linearize`, and mentions within a sentence."""
+"""What the pages show of commands: every line of their blocks, and mentions of `linearize` within a sentence."""
 
 from __future__ import annotations
 
 import re
 import shlex
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 FENCE = re.compile(r"^```(\w*)\s*$")
 LINE = re.compile(r"^\s*(?:\$ )?(?:[A-Z_]+=\S+ )*linearize (.+)$")
 INLINE = re.compile(r"`linearize ([a-z-][^`]*)`")
 HEADER = re.compile(r"^# (?:Run|Try):\s+linearize (.+)$")
+SHELL = ("", "console", "sh", "bash", "shell")
+COMMENT = re.compile(r"(?:^|\s)#\s.*$")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -30,28 +32,83 @@ def pages(root: Path) -> list[Path]:
     """Every page that shows commands."""
     return [
         *sorted(root.glob("*.md")),
-        *sorted((root / "docs").glob("*.md")),
+        *sorted((root / "docs").rglob("*.md")),
         *sorted((root / "recipes").glob("*.yaml")),
     ]
 
 
 def shown(path: Path) -> Iterator[Shown]:
     """The commands of one page or recipe."""
+    if path.suffix == ".yaml":
+        for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), 1):
+            if match := HEADER.match(line):
+                yield Shown(place=f"{path.name}:{number}", words=_words(match[1]), whole="..." not in match[1])
+        return
+    for row in shell_lines(path):
+        match = LINE.match(row.text)
+        if match and not any(said.startswith("error:") for said in row.said):
+            yield Shown(place=row.place, words=_words(match[1]), whole="..." not in match[1])
     fenced = False
     for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), 1):
-        place = f"{path.name}:{number}"
-        if path.suffix == ".yaml":
-            match = HEADER.match(line)
-        elif FENCE.match(line):
-            fenced = not fenced
+        fenced ^= bool(FENCE.match(line))
+        for mention in () if fenced else INLINE.findall(line):
+            yield Shown(place=f"{path.name}:{number}", words=_words(mention.partition("|")[0]), whole=False)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Line:
+    """One line that a page gives to a shell."""
+
+    place: str
+    """File and line."""
+    text: str
+    """Without prompt and comment; continued lines are one."""
+    language: str
+    """Of its block; indented ones have none."""
+    said: tuple[str, ...] = ()
+    """What the page shows below it, in a block of the console."""
+
+
+def shell_lines(path: Path) -> list[Line]:
+    """Every line for a shell: of fenced blocks without a language or with a shell's, and of blocks that are indented.
+
+    In blocks of the console those are the lines with a prompt, and the rest is output. Of blocks of `text` (what a
+    command prints with --help) it is the examples of `linearize`.
+    """
+    found: list[Line] = []
+    language: str | None = None
+    rows = enumerate(path.read_text(encoding="utf-8").splitlines(), 1)
+    for number, row in rows:
+        fence = FENCE.match(row)
+        if fence:
+            language = fence[1] if language is None else None
             continue
-        else:
-            match = LINE.match(line) if fenced or line.startswith("    ") else None
-        if match:
-            yield Shown(place=place, words=_words(match[1]), whole="..." not in match[1])
-        elif path.suffix != ".yaml" and not fenced:
-            for mention in INLINE.findall(line):
-                yield Shown(place=place, words=_words(mention.partition("|")[0]), whole=False)
+        place = f"{path.name}:{number}"
+        if language is None and not row.startswith("    "):
+            continue
+        if language == "console" and not row.startswith("$ "):
+            assert found, f"{place}: output without a command"
+            found[-1] = replace(found[-1], said=(*found[-1].said, row))
+            continue
+        if (language or "") not in SHELL and not (language == "text" and row.strip().startswith("linearize ")):
+            continue
+        while row.endswith("\\"):
+            row = row[:-1].rstrip() + " " + next(rows)[1].strip()
+        text = COMMENT.sub("", row.strip().removeprefix("$ ")).strip()
+        if text:
+            found.append(Line(place=place, text=text, language=language or ""))
+    return found
+
+
+def mentions(path: Path) -> list[Line]:
+    """Commands within the sentences of a page; a bare name is none, nor a sketch (`...`, `a | b`, `[--c]`)."""
+    found, fenced = [], False
+    for number, row in enumerate(path.read_text(encoding="utf-8").splitlines(), 1):
+        fenced ^= bool(FENCE.match(row))
+        for text in () if fenced else re.findall(r"`((?:linearize|python -m) [a-z-][^`]*)`", row):
+            if not re.search(r"\.\.\.|[|\[]", text) and not re.fullmatch(r"linearize [a-z]+(?: [a-z]+)?", text):
+                found.append(Line(place=f"{path.name}:{number}", text=text, language=""))
+    return found
 
 
 def blocks(path: Path, language: str) -> list[str]:

@@ -18,6 +18,7 @@ from tests.docs.schema import complaints, tables
 
 ROOT = Path(__file__).resolve().parents[2]
 DOCS = ROOT / "docs"
+PARTS = ("commands", "recipes")
 COMMANDS = [command for page in pages(ROOT) for command in shown(page)]
 
 
@@ -30,13 +31,29 @@ def renew() -> ModuleType:
     return module
 
 
-@pytest.mark.parametrize("name", ["commands.md", "recipes.md"])
-def test_generated_pages_are_up_to_date(name: str, renew: ModuleType) -> None:
+def test_generated_pages_are_up_to_date(renew: ModuleType) -> None:
     pinned = f"typer=={importlib.metadata.version('typer')}"
-    if name == "commands.md" and pinned not in (ROOT / "constraints.txt").read_text(encoding="utf-8"):
-        pytest.skip(f"{pinned} is not the one that constraints.txt pins, and may write help in other words")
-    made = renew.PAGES[name]()
-    assert (DOCS / name).read_text(encoding="utf-8") == made, f"docs/{name} is out of date. Run: python docs/renew.py"
+    other = pinned not in (ROOT / "constraints.txt").read_text(encoding="utf-8")
+    pages = renew.made()
+    assert len(pages) == 2 + len(list_recipes()) + len(renew.command_paths(app)) - 1
+    for name, text in pages.items():
+        if not (other and name.startswith("commands")):
+            assert (DOCS / name).is_file() and (DOCS / name).read_text(encoding="utf-8") == text, (
+                f"docs/{name} is out of date. Run: python docs/renew.py"
+            )
+    assert renew.left_over(pages) == [], "pages of nothing that there is"
+    if other:
+        pytest.skip(f"{pinned} is not the one that constraints.txt pins: its help may have other words")
+
+
+def test_every_command_page_says_what_it_writes_its_exit_codes_and_examples(renew: ModuleType) -> None:
+    for path in filter(None, renew.command_paths(app)):
+        page = DOCS / "commands" / renew.page_of(path)
+        by_hand = page.read_text(encoding="utf-8").partition(renew.BY_HAND)[2]
+        parts = re.split(r"^## (.+)$", by_hand, flags=re.MULTILINE)
+        assert parts[1::2] == ["What it writes", "Exit codes", "Examples"], page.name
+        assert all(part.strip() for part in parts[2::2]), f"{page.name}: an empty part"
+        assert re.search(rf"^\$ linearize {' '.join(path)}\b", by_hand, re.MULTILINE), page.name
 
 
 def test_every_recipe_has_a_word_on_when_to_take_it(renew: ModuleType) -> None:
@@ -91,12 +108,24 @@ def test_a_wrong_command_on_a_page_would_be_found() -> None:
             test_every_command_on_a_page_parses(Shown(place="here", words=words, whole=True))
 
 
-def test_every_page_is_in_the_index_and_every_link_leads_somewhere() -> None:
-    index = (DOCS / "README.md").read_text(encoding="utf-8")
-    for page in DOCS.glob("*.md"):
-        assert page.name == "README.md" or f"({page.name})" in index, f"docs/README.md does not list {page.name}"
-        for target in re.findall(r"\]\(([^)#\s]+)(?:#[^)]*)?\)", page.read_text(encoding="utf-8")):
-            assert "://" in target or (DOCS / target).exists(), f"{page.name} links to {target}"
+def test_every_page_is_in_an_index_and_every_link_leads_somewhere(renew: ModuleType) -> None:
+    indexes = {folder: (DOCS / f"{folder or 'README'}.md").read_text(encoding="utf-8") for folder in ("", *PARTS)}
+    for page in [*DOCS.rglob("*.md"), *ROOT.glob("*.md")]:
+        if DOCS in page.parents and page.name != "README.md":
+            below = page.relative_to(DOCS).as_posix()
+            index = indexes["" if page.parent == DOCS else page.parent.name]
+            assert f"({below})" in index, f"no index lists docs/{below}"
+        for target in re.findall(r"\]\(([^)\s]+)\)", page.read_text(encoding="utf-8")):
+            if "://" not in target:
+                path, _, part = target.partition("#")
+                there = page.parent / path if path else page
+                assert there.exists(), f"{page.name} links to {target}"
+                assert not part or part in anchors(there, renew), f"{page.name} links to {target}"
+
+
+def anchors(page: Path, renew: ModuleType) -> set[str]:
+    """What a page's headings are called in a link."""
+    return {renew.slug(title) for title in re.findall(r"^#+ (.+)$", page.read_text(encoding="utf-8"), re.MULTILINE)}
 
 
 def test_every_command_has_a_documented_json(renew: ModuleType) -> None:
