@@ -20,7 +20,7 @@ import triton.language as tl
 from .backend import empty
 from .gated_dkv_triton import key_by_query
 from .gated_plan import Plan, gate_signature
-from .gated_tiles import channel_sums, channel_total, chunk_span, halves, product, served, sum_before
+from .gated_tiles import channel_sums, channel_total, chunk_span, halves, mild, parted, product, served, sum_before
 from .tuning import gated_chunk, gated_dkv
 
 
@@ -58,8 +58,8 @@ def dv_kernel(
             in_k = live[:, None] & in_f[None, :]
             kf = tl.load(k + b * skb + s * skh + first * skt + rows[:, None] * skt + f[None, :], mask=in_k, other=0.0)
             sums = channel_sums(g, g_base, first, sgt, rows, live, f, in_f)
+            total = channel_total(g, g_base, first, begin, end, sgt, f, in_f, C)
             if r % R == 0:
-                total = channel_total(g, g_base, first, begin, end, sgt, f, in_f, C)
                 written = (kf.to(tl.float32) * tl.exp2(total[None, :] - sums)).to(kf.dtype)
                 d_state = tl.load(
                     d_states + slot * F * V + f[:, None] * V + o[None, :], mask=in_f[:, None] & in_o[None, :], other=0.0
@@ -69,14 +69,21 @@ def dv_kernel(
                 qf = tl.load(
                     q + b * sqb + h * sqh + first * sqt + rows[:, None] * sqt + f[None, :], mask=in_k, other=0.0
                 )
-                own = tl.sum(qf.to(tl.float32) * kf.to(tl.float32), 1)
-                scores += tl.where(rows[:, None] == rows[None, :], own[:, None], 0.0)
-                for level in tl.range(0, LEVELS, num_stages=1):
-                    near = halves(sums, g, g_base, first, end, sgt, f, in_f, level, C)
-                    later = (qf.to(tl.float32) * near).to(qf.dtype)
-                    earlier = (kf.to(tl.float32) * near).to(kf.dtype)
+                if mild(total, kf.dtype):
+                    grown, shrunk = parted(sums, total)
+                    later = (qf.to(tl.float32) * grown).to(qf.dtype)
+                    earlier = (kf.to(tl.float32) * shrunk).to(kf.dtype)
                     part = tl.dot(earlier, tl.trans(later), input_precision=PREC)
-                    scores += tl.where(served(rows[None, :], rows[:, None], level), part, 0.0)
+                    scores += tl.where(rows[None, :] >= rows[:, None], part, 0.0)
+                else:
+                    own = tl.sum(qf.to(tl.float32) * kf.to(tl.float32), 1)
+                    scores += tl.where(rows[:, None] == rows[None, :], own[:, None], 0.0)
+                    for level in tl.range(0, LEVELS, num_stages=1):
+                        near = halves(sums, g, g_base, first, end, sgt, f, in_f, level, C)
+                        later = (qf.to(tl.float32) * near).to(qf.dtype)
+                        earlier = (kf.to(tl.float32) * near).to(kf.dtype)
+                        part = tl.dot(earlier, tl.trans(later), input_precision=PREC)
+                        scores += tl.where(served(rows[None, :], rows[:, None], level), part, 0.0)
         if not LAG:
             at = (b * H + h) * T + t
             weight = tl.load(factor + at, mask=live, other=0.0) if NORM else tl.zeros([C], tl.float32) + scale
@@ -132,11 +139,17 @@ def dk_kernel(
             own = tl.sum(tl.where(rows[:, None] == rows[None, :], raw, 0.0), 1)
             grad += own[:, None] * qf.to(tl.float32)
             pairs = raw.to(qf.dtype)
-            for level in tl.range(0, LEVELS, num_stages=1):
-                near = halves(sums, g, g_base, first, end, sgt, f, in_f, level, C)
-                later = (qf.to(tl.float32) * near).to(qf.dtype)
-                kept = tl.where(served(rows[None, :], rows[:, None], level), pairs, 0.0)
-                inner += tl.dot(kept, later, input_precision=PREC) * near
+            if mild(total, qf.dtype):
+                grown, shrunk = parted(sums, total)
+                later = (qf.to(tl.float32) * grown).to(qf.dtype)
+                kept = tl.where(rows[None, :] > rows[:, None], pairs, 0.0)
+                inner += tl.dot(kept, later, input_precision=PREC) * shrunk
+            else:
+                for level in tl.range(0, LEVELS, num_stages=1):
+                    near = halves(sums, g, g_base, first, end, sgt, f, in_f, level, C)
+                    later = (qf.to(tl.float32) * near).to(qf.dtype)
+                    kept = tl.where(served(rows[None, :], rows[:, None], level), pairs, 0.0)
+                    inner += tl.dot(kept, later, input_precision=PREC) * near
 
     kf = tl.load(k + b * skb + s * skh + first * skt + rows[:, None] * skt + f[None, :], mask=in_k, other=0.0)
     d_state = tl.load(d_states + tile, mask=in_tile, other=0.0)

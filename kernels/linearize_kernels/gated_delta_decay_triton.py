@@ -1,6 +1,6 @@
 """The last step of the log decays' gradient under a lag, where queries reach back past the start of their chunk.
 
-dg_t = sum over tokens i >= t of the chunk of dG_i, plus what all queries carry that read from before this chunk
+dg_t = what the keys' kernel found, and what all queries from t on carry that read from before this chunk
 """
 
 from typing import Any
@@ -15,7 +15,7 @@ from .gated_delta_tiles import span_of_chunk
 def decay_kernel(
     carried, along_q, d_g, table, T, S, NC, R: tl.constexpr, C: tl.constexpr, LAG: tl.constexpr, PACKED: tl.constexpr
 ):
-    """Grid (chunks times batch times state heads). carried: dG of the keys [B, S, T]; along_q [B, S R, T] -> d_g."""
+    """Grid (chunks times batch times state heads). carried: the keys' part [B, S, T]; along_q [B, S R, T] -> d_g."""
     pid = tl.program_id(0)
     c = pid % NC
     s = (pid // NC % S).to(tl.int64)
@@ -26,7 +26,8 @@ def decay_kernel(
     i = tl.arange(0, C)
     per_key = (b * S + s) * T + at
     along_q += (b * S + s) * R * T + at
-    own = tl.load(carried + per_key + i, mask=i < left, other=0.0)
+    kept = tl.load(carried + per_key + i, mask=i < left, other=0.0)
+    own = tl.zeros([C], tl.float32)
     later = tl.zeros([C], tl.float32)
     # Chunks after this one, to the end of the block after its own, read a state that was before this chunk.
     chunks = tl.minimum((number // LAG + 2) * LAG - number, tl.cdiv(left, C))
@@ -34,7 +35,7 @@ def decay_kernel(
         own += tl.load(along_q + (r * T + i), mask=i < left, other=0.0)
         for m in range(1, chunks):
             later += tl.load(along_q + (r * T + m * C + i), mask=i < left - m * C, other=0.0)
-    tl.store(d_g + per_key + i, tl.cumsum(own, 0, reverse=True) + tl.sum(later), mask=i < left)
+    tl.store(d_g + per_key + i, kept + tl.cumsum(own, 0, reverse=True) + tl.sum(later), mask=i < left)
 
 
 def gate_cases() -> list[tuple[Any, dict[str, str], dict[str, Any], dict[str, int], str]]:

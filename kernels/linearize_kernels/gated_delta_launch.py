@@ -84,38 +84,44 @@ def prepare(plan: Plan, x: Inputs) -> Prepared:
 
 
 def scan(
-    plan: Plan, x: Inputs, made: Prepared, *, out: bool, keep: bool, last: bool
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Outputs, states before the chunks, updates u and the last state; empty tensors for what is not wanted."""
+    plan: Plan, x: Inputs, made: Prepared, *, last: bool = False, d_right: tuple[Tensor, Tensor | None] | None = None
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """Outputs and, if asked for, the last state; or with `d_right`, both parts of what `reverse` found, the states
+    before the chunks, the updates u and the gradient of beta. In this order: o, states, u, d_beta, last state.
+    """
+    out = d_right is None
     bounds, firsts, _ = plan.packing
     batch, state_heads, features, values = plan.batch, plan.state_heads, plan.features, plan.values
     o = rows(plan, x.v, plan.heads, values) if out else fresh(plan, x.v, 0, 0, 0, 0)
-    states = fresh(plan, x.k, *((batch, state_heads, plan.chunks, features, values) if keep else (0,)))
-    update = fresh(plan, x.k, *((batch, state_heads, plan.length, values) if keep else (0,)))
+    states = fresh(plan, x.k, *((0,) if out else (batch, state_heads, plan.chunks, features, values)))
+    update = fresh(plan, x.k, *((0,) if out else (batch, state_heads, plan.length, values)))
     shape = (plan.sequences, state_heads, features, values)
     final = fresh(plan, x.k, *(shape if last else (0,)), dtype=torch.float32)
     known = tuning.gated_delta_scan(
         plan.capability, features, values, plan.dtype, programs=plan.sequences * state_heads, out=out
     )
     tiles = -(-values // known["BV"])
+    d_beta = fresh(plan, x.k, *((0,) if out else (batch, state_heads, tiles, plan.length)), dtype=torch.float32)
     scan_kernel[(plan.sequences * state_heads * tiles,)](
-        x.q, x.k, x.v, x.beta, made.system, made.scores, made.g_cum, made.r_q, made.r_k, x.state, o, states, update,
-        final, bounds, firsts, x.stops, *strides(x.q), *strides(x.k), *strides(x.v), *strides(x.beta), *strides(o),
-        plan.length, state_heads, plan.chunks, R=plan.heads // state_heads, GV=state_heads // plan.value_heads,
-        V=values, BF=_tile(features), LAG=plan.lag, OUT=out, KEEP=keep, HAS_FIRST=x.state is not None, HAS_LAST=last,
-        **plan.common, **known,
+        x.q, x.k, x.v, x.beta, made.system, made.scores, made.g_cum, made.r_q, made.r_k, x.state,
+        *(d_right or (None, None)), o, states, update, d_beta, final, bounds, firsts, x.stops,
+        *strides(x.q), *strides(x.k), *strides(x.v), *strides(x.beta), *strides(o),
+        plan.length, state_heads, plan.chunks,
+        R=plan.heads // state_heads, GV=state_heads // plan.value_heads, V=values, BF=_tile(features), LAG=plan.lag,
+        OUT=out, KEEP=not out, HAS_FIRST=x.state is not None, HAS_LAST=last, **plan.common, **known,
     )  # fmt: skip
-    return o, states, update, final
+    return o, states, update, d_beta if out else d_beta.sum(2), final
 
 
 def reverse(
     plan: Plan, x: Inputs, made: Prepared, d_out: Tensor, d_last: Tensor | None, *, first: bool
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Gradients of states after the chunks, of right-hand sides, of v per state head, and of the first state."""
+) -> tuple[Tensor, tuple[Tensor, Tensor | None], Tensor, Tensor]:
+    """Gradients of states after the chunks, of u in two parts, of v per state head, and of the first state."""
     bounds, firsts, _ = plan.packing
     batch, state_heads, features, values = plan.batch, plan.state_heads, plan.features, plan.values
     d_states = fresh(plan, x.k, batch, state_heads, plan.chunks, features, values)
     d_right = fresh(plan, x.k, batch, state_heads, plan.length, values)
+    d_rest = fresh(plan, x.k, *d_right.shape) if plan.lag and plan.dtype != torch.float32 else None
     d_v = rows(plan, x.v, state_heads, values)
     shape = (plan.sequences, state_heads, features, values)
     d_first = fresh(plan, x.k, *(shape if first else (0,)), dtype=torch.float32)
@@ -125,34 +131,33 @@ def reverse(
     tiles = -(-values // known["BV"])
     reverse_kernel[(plan.sequences * state_heads * tiles,)](
         x.q, x.k, x.beta, made.system, made.scores, made.g_cum, made.r_q, made.r_k, d_out, d_last, d_states, d_right,
-        d_v, d_first, bounds, firsts, x.stops, *strides(x.q), *strides(x.k), *strides(x.beta), *strides(d_out),
+        d_rest, d_v, d_first, bounds, firsts, x.stops, *strides(x.q), *strides(x.k), *strides(x.beta), *strides(d_out),
         *strides(d_v), plan.length, state_heads, plan.chunks, R=plan.heads // state_heads, V=values,
         BF=_tile(features), LAG=plan.lag, HAS_FIRST=first, HAS_LAST=d_last is not None, **plan.common, **known,
     )  # fmt: skip
-    return d_states, d_right, d_v, d_first
+    return d_states, (d_right, d_rest), d_v, d_first
 
 
 def gradients(
     plan: Plan, x: Inputs, made: Prepared, d_out: Tensor, states: Tensor, d_states: Tensor, update: Tensor,
     d_right: Tensor,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
-    """Gradients of q, k, beta, and of the log decay (empty without one)."""
+) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+    """Gradients of q, k, and of the log decay (empty without one)."""
     _, _, table = plan.packing
     batch, heads, state_heads, chunks = plan.batch, plan.heads, plan.state_heads, plan.chunks
     d_q, d_k = rows(plan, x.q, heads, plan.features), rows(plan, x.k, state_heads, plan.features)
-    d_beta = fresh(plan, x.k, batch, state_heads, plan.length, dtype=torch.float32)
     d_g = fresh(plan, x.k, *((batch, state_heads, plan.length) if plan.gated else (0,)), dtype=torch.float32)
     along = fresh(plan, x.k, *((batch, heads, plan.length) if plan.gated else (0,)), dtype=torch.float32)
     shape = {**plan.common, "R": heads // state_heads, "V": plan.values, "LAG": plan.lag}
     queries_kernel[(chunks * batch * heads,)](
-        x.q, x.k, made.g_cum, made.r_q, made.r_k, d_out, states, update, d_q, along, table, *strides(x.q),
+        x.q, x.k, made.scores, made.g_cum, made.r_q, made.r_k, d_out, states, update, d_q, along, table, *strides(x.q),
         *strides(x.k), *strides(d_out), *strides(d_q), plan.length, heads, chunks, **shape,
         **tuning.gated_delta_queries(plan.capability, plan.features, plan.values, plan.dtype),
     )  # fmt: skip
     keys_kernel[(chunks * batch * state_heads,)](
-        x.q, x.k, x.v, x.beta, made.g_cum, made.r_q, made.r_k, d_out, states, d_states, update, d_right, along, d_k,
-        d_beta, d_g, table, *strides(x.q), *strides(x.k), *strides(x.v), *strides(x.beta), *strides(d_out),
-        *strides(d_k), plan.length, state_heads, chunks, GV=state_heads // plan.value_heads, **shape,
+        x.q, x.k, x.beta, made.g_cum, made.r_q, made.r_k, d_out, states, d_states, update, d_right, along, d_k, d_g,
+        table, *strides(x.q), *strides(x.k), *strides(x.beta), *strides(d_out), *strides(d_k), plan.length,
+        state_heads, chunks, **shape,
         **tuning.gated_delta_keys(plan.capability, plan.features, plan.values, plan.dtype),
     )  # fmt: skip
     if plan.gated and plan.lag:
@@ -161,4 +166,4 @@ def gradients(
             carried, along, d_g, table, plan.length, state_heads, chunks, R=heads // state_heads, C=plan.chunk,
             LAG=plan.lag, PACKED=plan.cu_seqlens is not None, num_warps=1,
         )  # fmt: skip
-    return d_q, d_k, d_beta, d_g
+    return d_q, d_k, d_g

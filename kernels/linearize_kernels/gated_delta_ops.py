@@ -43,7 +43,7 @@ def gated_delta_op(
     plan = make_plan(q, k, v, g, cu_seqlens, unit, chunk, lag)
     x = Inputs(q=q, k=k, v=v, beta=beta, g=g, state=state, stops=stops)
     made = prepare(plan, x)
-    out, _, _, last = scan(plan, x, made, out=True, keep=False, last=return_state)
+    out, *_, last = scan(plan, x, made, last=return_state)
     return out, last, made.system, made.scores, made.g_cum, made.r_q, made.r_k
 
 
@@ -80,8 +80,8 @@ def gated_delta_backward_op(
     x = Inputs(q=q, k=k, v=v, beta=beta, g=g, state=state, stops=stops)
     made = Prepared(system=system, scores=scores, g_cum=g_cum, r_q=r_q, r_k=r_k)
     d_states, d_right, d_v, d_first = reverse(plan, x, made, d_out, d_last, first=state is not None)
-    _, states, update, _ = scan(plan, x, made, out=False, keep=True, last=False)
-    d_q, d_k, d_beta, d_g = gradients(plan, x, made, d_out, states, d_states, update, d_right)
+    _, states, update, d_beta, _ = scan(plan, x, made, d_right=d_right)
+    d_q, d_k, d_g = gradients(plan, x, made, d_out, states, d_states, update, d_right[0])
     if plan.state_heads > plan.value_heads:
         d_v = d_v.unflatten(1, (plan.value_heads, -1)).sum(2)
     return d_q, d_k, d_v, d_beta, d_g, d_first

@@ -2,10 +2,13 @@
 
 With dS the gradient of the state after a chunk and do of its outputs (notation of gated_delta_scan_triton.py):
 
-    du = P^T do + e^{G_last - G} k dS       dr = M^T du       dv = dx = beta dr
+    du = P^T do + e^{G_last - G} k dS       dr = du + N^T (beta du)       dv = dx = beta dr
     dS <- e^{G_last} dS + (e^G q)^T do - (e^G k)^T dx
 
-dr is the gradient of beta x, the right-hand side of the chunk's system. The mirror image of the forward scan.
+dr is the gradient of u through all that follows it in the chunk. The mirror image of the forward scan.
+
+Under a lag nothing but the state carries gradients to a chunk, so that its rounding would be most of the error: the
+gradient of the state is read in two parts, and dr is stored in two.
 """
 
 from typing import Any
@@ -48,8 +51,8 @@ def _later_readers(q, d_out, d_state, g_cum, r_q, sqh, sqt, sdh, sdt, T, n, chun
 
 @triton.jit(do_not_specialize=["T", "NC"])
 def reverse_kernel(
-    q, k, beta, system, scores, g_cum, r_q, r_k, d_out, d_last, d_states, d_right, d_v, d_first, offsets, chunk_offsets,
-    stops, sqb, sqh, sqt, skb, sks, skt, sbb, sbs, sbt, sdb, sdh, sdt, szb, szs, szt, T, S, NC,
+    q, k, beta, system, scores, g_cum, r_q, r_k, d_out, d_last, d_states, d_right, d_rest, d_v, d_first, offsets,
+    chunk_offsets, stops, sqb, sqh, sqt, skb, sks, skt, sbb, sbs, sbt, sdb, sdh, sdt, szb, szs, szt, T, S, NC,
     R: tl.constexpr, F: tl.constexpr, V: tl.constexpr, BF: tl.constexpr, BV: tl.constexpr, C: tl.constexpr,
     LAG: tl.constexpr, GATED: tl.constexpr, UNIT: tl.constexpr, HAS_FIRST: tl.constexpr, HAS_LAST: tl.constexpr,
     PACKED: tl.constexpr, PREC: tl.constexpr,
@@ -58,7 +61,8 @@ def reverse_kernel(
 
     q [B, S R, T, F]; k [B, S, T, F]; beta, g_cum, r_k [B, S, T]; r_q [B, S R, T]; system [B, S, NC, C, C]; scores
     [B, S R, NC, C, C]; d_out [B, S R, T, V]; d_last, the gradient of last_state, and d_first [N, S, F, V] float32;
-    d_states [B, S, NC, F, V], each after its chunk; d_right dr [B, S, T, V]; d_v [B, S, T, V] strided as z.
+    d_states [B, S, NC, F, V], each after its chunk; d_right dr, d_rest what its rounding took away, or None
+    [B, S, T, V]; d_v [B, S, T, V] strided as z.
     """
     VT: tl.constexpr = (V + BV - 1) // BV
     tile = tl.program_id(0) % VT
@@ -83,6 +87,8 @@ def reverse_kernel(
     system += slot * C * C
     d_states += slot * F * V
     d_right += ((b * S + s) * T + at) * V
+    if d_rest is not None:
+        d_rest += ((b * S + s) * T + at) * V
     if LAG == 0:
         scores += ((b * S + s) * R * NC + chunk + chunks) * C * C
     if GATED:
@@ -110,6 +116,8 @@ def reverse_kernel(
         system -= C * C
         d_states -= F * V
         d_right -= C * V
+        if d_rest is not None:
+            d_rest -= C * V
         if LAG == 0:
             scores -= C * C
         if GATED:
@@ -124,9 +132,13 @@ def reverse_kernel(
 
         rounded = d_state.to(k_rows.dtype)
         tl.store(d_states + cell, rounded, mask=in_state)
+        d_update = tl.dot(k_rows, rounded, input_precision=PREC)
+        if d_rest is not None:
+            rest = (d_state - rounded.to(tl.float32)).to(k_rows.dtype)
+            d_update = tl.dot(k_rows, rest, d_update, input_precision=PREC)
+        d_update *= write[:, None]
         if GATED:
             d_state *= tl.exp2(g_last)
-        d_update = tl.dot(k_rows, rounded, input_precision=PREC) * write[:, None]
         if LAG == 0:
             for r in tl.static_range(R):
                 q_rows = load_rows(q + r * sqh, sqt, i, left, channel, F, BF)
@@ -138,8 +150,11 @@ def reverse_kernel(
                 if UNIT:
                     d_rows = (d_rows * tl.load(r_q + r * T + i, mask=i < left, other=0.0)[:, None]).to(d_rows.dtype)
                 d_state = tl.dot(tl.trans(q_rows), d_rows, d_state, input_precision=PREC)
-        right = tl.dot(tl.trans(solve), d_update.to(solve.dtype), input_precision=PREC)
+        weighted = (d_update * strength[:, None]).to(solve.dtype)
+        right = tl.dot(tl.trans(solve), weighted, d_update, input_precision=PREC)
         store_rows(d_right, V, i, left, column, V, BV, right)
+        if d_rest is not None:
+            store_rows(d_rest, V, i, left, column, V, BV, right - right.to(k_rows.dtype).to(tl.float32))
         d_x = right * strength[:, None]
         store_rows(d_v, szt, i, left, column, V, BV, d_x)
         d_state = tl.dot(tl.trans(k_rows), (d_x * -read[:, None]).to(k_rows.dtype), d_state, input_precision=PREC)
@@ -158,12 +173,12 @@ def reverse_kernel(
 def gate_cases(arch: int = 80) -> list[tuple[Any, dict[str, str], dict[str, Any], dict[str, int], str]]:
     """Default configurations for a card, in bfloat16, for the compile gate; those for 80 fit every card."""
     signature = {
-        **dict.fromkeys(("q", "k", "system", "scores", "d_out", "d_states", "d_right", "d_v"), "*bf16"),
+        **dict.fromkeys(("q", "k", "system", "scores", "d_out", "d_states", "d_right", "d_rest", "d_v"), "*bf16"),
         **dict.fromkeys(("beta", "g_cum", "d_last", "d_first"), "*fp32"),
         **{f"s{x}": "i32:16" for x in ("qb", "qh", "qt", "kb", "ks", "kt", "db", "dh", "dt", "zb", "zs", "zt")},
         **{f"sb{x}": "i32" for x in "bst"}, "T": "i32", "S": "i32", "NC": "i32",
     }  # fmt: skip
-    constants = dict.fromkeys(("r_q", "r_k", "d_last", "d_first", "offsets", "chunk_offsets", "stops")) | {
+    constants = dict.fromkeys(("r_q", "r_k", "d_last", "d_rest", "d_first", "offsets", "chunk_offsets", "stops")) | {
         "R": 1, "F": 128, "V": 128, "BF": 128, "C": 64, "LAG": 0, "GATED": True, "UNIT": False,
         "HAS_FIRST": False, "HAS_LAST": False, "PACKED": False, "PREC": "tf32",
     }  # fmt: skip

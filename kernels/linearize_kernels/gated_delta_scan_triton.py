@@ -1,11 +1,12 @@
 """The states of the gated delta rule, chunk after chunk, and the outputs that read them.
 
-    x = v - e^G k S       u = M (beta x)       o = e^G q S + P u
+    x = v - e^G k S       e = x + N (beta x)       u = beta e       o = e^G q S + P u
     S <- e^{G_last} S + sum_j e^{G_last - G_j} k_j u_j^T
 
-M solves the chunk's triangular system (gated_delta_system_triton.py), P are its scores (gated_delta_scores_triton.py).
+N solves the chunk's triangular system (gated_delta_system_triton.py), P are its scores (gated_delta_scores_triton.py).
 Sequential in the chunks, parallel in sequences, heads and tiles of V. With OUT the outputs are made where the state
-already is, so that no state goes to memory; for the backward pass KEEP stores the states and u instead.
+already is, so that no state goes to memory; for the backward pass KEEP stores the states and u instead, and makes the
+gradient of beta, dr.e (dr: gated_delta_reverse_triton.py), while e is exact.
 """
 
 from typing import Any
@@ -47,8 +48,8 @@ def _read_later(q, o, state, g_cum, r_q, sqh, sqt, soh, sot, T, n, chunks, i, le
 
 @triton.jit(do_not_specialize=["T", "NC"])
 def scan_kernel(
-    q, k, v, beta, system, scores, g_cum, r_q, r_k, first_state, o, states, update, last_state, offsets, chunk_offsets,
-    stops, sqb, sqh, sqt, skb, sks, skt, svb, svh, svt, sbb, sbs, sbt, sob, soh, sot, T, S, NC,
+    q, k, v, beta, system, scores, g_cum, r_q, r_k, first_state, d_right, d_rest, o, states, update, d_beta, last_state,
+    offsets, chunk_offsets, stops, sqb, sqh, sqt, skb, sks, skt, svb, svh, svt, sbb, sbs, sbt, sob, soh, sot, T, S, NC,
     R: tl.constexpr, GV: tl.constexpr, F: tl.constexpr, V: tl.constexpr, BF: tl.constexpr, BV: tl.constexpr,
     C: tl.constexpr, LAG: tl.constexpr, GATED: tl.constexpr, UNIT: tl.constexpr, OUT: tl.constexpr,
     KEEP: tl.constexpr, HAS_FIRST: tl.constexpr, HAS_LAST: tl.constexpr, PACKED: tl.constexpr, PREC: tl.constexpr,
@@ -57,8 +58,10 @@ def scan_kernel(
 
     q [B, S R, T, F]; k [B, S, T, F]; v [B, S / GV, T, V]; beta, g_cum, r_k [B, S, T]; r_q [B, S R, T]; system
     [B, S, NC, C, C]; scores [B, S R, NC, C, C]; first_state, last_state [N, S, F, V] float32; o [B, S R, T, V]; states
-    [B, S, NC, F, V], each before its chunk; update u [B, S, T, V]. stops [N]: before which chunk last_state is taken;
-    None: at the end. LAG: chunks a block, of whose states only the block after next reads the first; 0: none.
+    [B, S, NC, F, V], each before its chunk; update u [B, S, T, V]; with KEEP also d_right and what its rounding took
+    away, d_rest, or None [B, S, T, V] -> d_beta [B, S, tiles of V, T], to be added up. stops [N]: before which chunk
+    last_state is taken; None: at the end. LAG: chunks a block, of whose states only the block after next reads the
+    first; 0: none.
     """
     VT: tl.constexpr = (V + BV - 1) // BV
     tile = tl.program_id(0) % VT
@@ -91,6 +94,10 @@ def scan_kernel(
             r_q += (b * S + s) * R * T + at
     if KEEP:
         update += ((b * S + s) * T + at) * V
+        d_right += ((b * S + s) * T + at) * V
+        if d_rest is not None:
+            d_rest += ((b * S + s) * T + at) * V
+        d_beta += ((b * S + s) * VT + tile) * T + at
         states += ((b * S + s) * NC + chunk) * F * V
 
     state = tl.zeros([BF, BV], tl.float32)
@@ -117,11 +124,20 @@ def scan_kernel(
             tl.store(states + cell, rounded, mask=in_state)
             states += F * V
         x = v_rows - tl.dot(k_rows, rounded, input_precision=PREC) * read[:, None]
-        u = tl.dot(solve, (x * strength[:, None]).to(solve.dtype), input_precision=PREC)
-        u_rows = u.to(k_rows.dtype)
+        # e, which beta makes the update of; its own weight goes into what is made of it.
+        u = tl.dot(solve, (x * strength[:, None]).to(solve.dtype), x, input_precision=PREC)
+        u_rows = (u * strength[:, None]).to(k_rows.dtype)
         if KEEP:
+            right = load_rows(d_right, V, i, left, column, V, BV)
+            if d_rest is not None:
+                right = right.to(tl.float32) + load_rows(d_rest, V, i, left, column, V, BV)
+                d_rest += C * V
+            tl.store(d_beta + i, tl.sum(u * right, 1), mask=i < left)
+            d_right += C * V
+            d_beta += C
             store_rows(update, V, i, left, column, V, BV, u_rows)
             update += C * V
+        write *= strength
         # Before the outputs: they need neither the new state nor u in float32, so that fewer registers are held.
         if GATED:
             state *= tl.exp2(g_last)
@@ -165,8 +181,8 @@ def scan_kernel(
 def gate_cases(arch: int = 80) -> list[tuple[Any, dict[str, str], dict[str, Any], dict[str, int], str]]:
     """Default configurations for a card, in bfloat16, for the compile gate; those for 80 fit every card."""
     signature = {
-        **dict.fromkeys(("q", "k", "v", "system", "scores", "o", "states", "update"), "*bf16"),
-        **dict.fromkeys(("beta", "g_cum", "first_state", "last_state"), "*fp32"),
+        **dict.fromkeys(("q", "k", "v", "system", "scores", "d_right", "d_rest", "o", "states", "update"), "*bf16"),
+        **dict.fromkeys(("beta", "g_cum", "first_state", "d_beta", "last_state"), "*fp32"),
         **{f"s{x}": "i32:16" for x in ("qb", "qh", "qt", "kb", "ks", "kt", "vb", "vh", "vt", "ob", "oh", "ot")},
         **{f"sb{x}": "i32" for x in "bst"}, "T": "i32", "S": "i32", "NC": "i32",
     }  # fmt: skip
@@ -174,7 +190,10 @@ def gate_cases(arch: int = 80) -> list[tuple[Any, dict[str, str], dict[str, Any]
              "PACKED": False, "PREC": "tf32", "r_q": None, "r_k": None, "offsets": None, "chunk_offsets": None,
              "stops": None, "HAS_FIRST": False}  # fmt: skip
     cases = []
-    for label, absent in (("outputs", ("states", "update")), ("states", ("last_state", "o", "q", "scores"))):
+    for label, absent in (
+        ("outputs", ("states", "update", "d_right", "d_rest", "d_beta")),
+        ("states", ("last_state", "o", "q", "scores", "d_rest")),
+    ):
         out = label == "outputs"
         known = gated_delta_scan(arch, 128, 128, torch.bfloat16, programs=512, out=out)
         options = {name: known.pop(name) for name in ("num_warps", "num_stages")}

@@ -1,11 +1,17 @@
 """The triangular system of every chunk of the gated delta rule, solved once for all right-hand sides.
 
-Inside a chunk each write depends on those before it (WY form, arXiv 2406.06484, section 3; gated, 2412.06464, eq. 10):
+Inside a chunk each write depends on those before it (WY form, arXiv 2406.06484, section 3; gated, 2412.06464, eq. 10).
+With x = v - e^G k S what a token finds missing, e what is missing still after the tokens before it, and b = diag(beta):
 
-    (I + A) u = beta (v - e^G k S),      A_ij = beta_i e^{G_i - G_j} k_i.k_j below the diagonal
+    (I + A b) e = x,      u = b e,      A_ij = e^{G_i - G_j} k_i.k_j below the diagonal
 
-M = (I + A)^-1 is made of blocks of 16 tokens: forward substitution inside a block, where it is stable whatever the
-keys, then products of blocks below the diagonal. Its entries stay below 2 in size, so that it is stored in k's dtype.
+Stored is N = -(I + A b)^-1 A, below the diagonal, in k's dtype; its entries stay below 2 in size. From it
+
+    e = x + N b x             (I + A b)^-1 = I + N b
+    dr = du + N^T b du        (I + b A)^-1 = I + b N, transposed on the way back
+
+where what a token has of itself is not rounded, and beta = 0 is no exception. N is made of blocks of 16 tokens: forward
+substitution inside a block, where it is stable whatever the keys, then products of blocks below the diagonal.
 """
 
 from typing import Any
@@ -32,7 +38,7 @@ def _length(squares):
 
 @triton.jit
 def _rows(beta, g, g_cum, r_k, squares, sbt, sgt, i, left, before, GATED: tl.constexpr, UNIT: tl.constexpr):
-    """Of 16 tokens: running log2 decay, one over the keys' lengths, beta times that; and the decay at the end."""
+    """Of 16 tokens: running log2 decay, one over the keys' lengths, beta; and the decay at the end."""
     strength = tl.load(beta + i * sbt, mask=i < left, other=0.0).to(tl.float32)
     r = tl.full([16], 1.0, tl.float32)
     if UNIT:
@@ -45,33 +51,43 @@ def _rows(beta, g, g_cum, r_k, squares, sbt, sgt, i, left, before, GATED: tl.con
         running = before + tl.cumsum(own, 0)
         total = before + tl.sum(own, 0)
         tl.store(g_cum + i, running, mask=i < left)
-    return running, r, strength * r, total
+    return running, r, strength, total
 
 
 @triton.jit
 def _solved(pairs, g, r, beta, GATED: tl.constexpr):
-    """(I + A)^-1 of one block from its products of keys [16, 16], float32."""
+    """N of one block from its products of keys [16, 16], float32."""
     i = tl.arange(0, 16)
     row, column = i[:, None], i[None, :]
-    # A transposed, entry (j, i), so that a row of A is a column vector and meets M without a change of layout.
-    lower = pairs * r[:, None] * beta[None, :]
+    pairs = pairs * r[:, None] * r[None, :]
+    # A transposed, entry (j, i), so that a row of A is a column vector and meets N without a change of layout.
+    upper, lower = pairs, pairs
     if GATED:
-        lower *= tl.exp2(tl.where(row < column, g[None, :] - g[:, None], float("-inf")))
-    lower = tl.where(row < column, lower, 0.0)
-    solved = tl.where(row == column, 1.0, 0.0)
-    for n in range(1, 16):
-        of_n = tl.sum(tl.where(column == n, lower, 0.0), 1)
+        upper *= tl.exp2(tl.where(row < column, g[None, :] - g[:, None], float("-inf")))
+        lower *= tl.exp2(tl.where(row > column, g[:, None] - g[None, :], float("-inf")))
+    upper = tl.where(row < column, upper, 0.0) * beta[:, None]
+    solved = tl.where(row > column, -lower, 0.0)
+    for n in range(2, 16):
+        of_n = tl.sum(tl.where(column == n, upper, 0.0), 1)
         solved = tl.where(row == n, solved - tl.sum(of_n[:, None] * solved, 0)[None, :], solved)
     return solved
 
 
 @triton.jit
-def _below(pairs, g_i, g_j, beta_i, r_j, GATED: tl.constexpr):
+def _below(pairs, g_i, g_j, r_i, r_j, GATED: tl.constexpr):
     """Block (i, j) of A, i a later block than j, from its products of keys."""
-    made = pairs * beta_i[:, None] * r_j[None, :]
+    made = pairs * r_i[:, None] * r_j[None, :]
     if GATED:
         made *= tl.exp2(g_i[:, None] - g_j[None, :])
     return made
+
+
+@triton.jit
+def _both(solved, beta):
+    """I + N b, which stands left of A, and I + b N, right of it, of one block."""
+    i = tl.arange(0, 16)
+    one = tl.where(i[:, None] == i[None, :], 1.0, 0.0)
+    return one + solved * beta[None, :], one + solved * beta[:, None]
 
 
 @triton.jit
@@ -100,7 +116,7 @@ def system_kernel(
 ):  # fmt: skip
     """Grid (chunks times batch times state heads).
 
-    k [B, S, T, F]; beta, g [B, S, T] -> system M [B, S, NC, C, C] in k's dtype; g_cum [B, S, T] running log2 decays of
+    k [B, S, T, F]; beta, g [B, S, T] -> system N [B, S, NC, C, C] in k's dtype; g_cum [B, S, T] running log2 decays of
     the chunk, if GATED; r_k [B, S, T] one over the keys' lengths, if UNIT.
     """
     pid = tl.program_id(0)
@@ -154,36 +170,43 @@ def system_kernel(
     m11 = _solved(a11, g1, r1, b1, GATED)
     _put(system, 0, 0, C, m11)
     if C >= 32:
+        _, right1 = _both(m11, b1)
         g2, r2, b2, total = _rows(beta, g, g_cum, r_k, n2, sbt, sgt, i2, left, total, GATED, UNIT)
         m22 = _solved(a22, g2, r2, b2, GATED)
-        m21 = -_times(m22, _times(_below(a21, g2, g1, b2, r1, GATED), m11, ROUND), ROUND)
+        left2, right2 = _both(m22, b2)
+        m21 = -_times(left2, _times(_below(a21, g2, g1, r2, r1, GATED), right1, ROUND), ROUND)
         _put(system, 0, 1, C, zero)
         _put(system, 1, 0, C, m21)
         _put(system, 1, 1, C, m22)
     if C >= 64:
+        m21 *= b2[:, None]  # from here on right of A
         g3, r3, b3, total = _rows(beta, g, g_cum, r_k, n3, sbt, sgt, i3, left, total, GATED, UNIT)
         m33 = _solved(a33, g3, r3, b3, GATED)
-        a32 = _below(a32, g3, g2, b3, r2, GATED)
-        m32 = -_times(m33, _times(a32, m22, ROUND), ROUND)
-        part = _times(_below(a31, g3, g1, b3, r1, GATED), m11, ROUND) + _times(a32, m21, ROUND)
-        m31 = -_times(m33, part, ROUND)
+        left3, right3 = _both(m33, b3)
+        a32 = _below(a32, g3, g2, r3, r2, GATED)
+        m32 = -_times(left3, _times(a32, right2, ROUND), ROUND)
+        part = _times(_below(a31, g3, g1, r3, r1, GATED), right1, ROUND) + _times(a32, m21, ROUND)
+        m31 = -_times(left3, part, ROUND)
         _put(system, 0, 2, C, zero)
         _put(system, 1, 2, C, zero)
         _put(system, 2, 0, C, m31)
         _put(system, 2, 1, C, m32)
         _put(system, 2, 2, C, m33)
+        m31 *= b3[:, None]
+        m32 *= b3[:, None]
         g4, r4, b4, total = _rows(beta, g, g_cum, r_k, n4, sbt, sgt, i4, left, total, GATED, UNIT)
         m44 = _solved(a44, g4, r4, b4, GATED)
-        a43 = _below(a43, g4, g3, b4, r3, GATED)
-        a42 = _below(a42, g4, g2, b4, r2, GATED)
-        a41 = _below(a41, g4, g1, b4, r1, GATED)
-        m43 = -_times(m44, _times(a43, m33, ROUND), ROUND)
-        m42 = -_times(m44, _times(a42, m22, ROUND) + _times(a43, m32, ROUND), ROUND)
-        part = _times(a41, m11, ROUND) + _times(a42, m21, ROUND) + _times(a43, m31, ROUND)
+        left4, _ = _both(m44, b4)
+        a43 = _below(a43, g4, g3, r4, r3, GATED)
+        a42 = _below(a42, g4, g2, r4, r2, GATED)
+        a41 = _below(a41, g4, g1, r4, r1, GATED)
+        m43 = -_times(left4, _times(a43, right3, ROUND), ROUND)
+        m42 = -_times(left4, _times(a42, right2, ROUND) + _times(a43, m32, ROUND), ROUND)
+        part = _times(a41, right1, ROUND) + _times(a42, m21, ROUND) + _times(a43, m31, ROUND)
         _put(system, 0, 3, C, zero)
         _put(system, 1, 3, C, zero)
         _put(system, 2, 3, C, zero)
-        _put(system, 3, 0, C, -_times(m44, part, ROUND))
+        _put(system, 3, 0, C, -_times(left4, part, ROUND))
         _put(system, 3, 1, C, m42)
         _put(system, 3, 2, C, m43)
         _put(system, 3, 3, C, m44)

@@ -24,7 +24,9 @@ from .gated_tiles import (
     channel_total,
     chunk_span,
     halves,
+    mild,
     pair_decay,
+    parted,
     product,
     row_decay,
     served,
@@ -139,11 +141,18 @@ def dq_kernel(
                 mask=live[:, None] & in_f[None, :], other=0.0,
             )  # fmt: skip
             if DECAY == "channel":
-                for level in tl.range(0, LEVELS, num_stages=1):
-                    near = halves(sums, g, g_base, first, end, sgt, f, in_f, level, C)
-                    earlier = (kf.to(tl.float32) * near).to(kf.dtype)
-                    kept = tl.where(served(rows[:, None], rows[None, :], level), pairs, 0.0)
-                    grad += tl.dot(kept, earlier, input_precision=PREC) * near
+                total = channel_total(g, g_base, first, begin, end, sgt, f, in_f, C)
+                if mild(total, kf.dtype):
+                    grown, shrunk = parted(sums, total)
+                    earlier = (kf.to(tl.float32) * shrunk).to(kf.dtype)
+                    kept = tl.where(rows[:, None] > rows[None, :], pairs, 0.0)
+                    grad += tl.dot(kept, earlier, input_precision=PREC) * grown
+                else:
+                    for level in tl.range(0, LEVELS, num_stages=1):
+                        near = halves(sums, g, g_base, first, end, sgt, f, in_f, level, C)
+                        earlier = (kf.to(tl.float32) * near).to(kf.dtype)
+                        kept = tl.where(served(rows[:, None], rows[None, :], level), pairs, 0.0)
+                        grad += tl.dot(kept, earlier, input_precision=PREC) * near
             else:
                 grad = tl.dot(pairs, kf, grad, input_precision=PREC)
         if WANT_G and DECAY == "channel":

@@ -1,7 +1,8 @@
-"""Gradient of the keys before their feature map (gated_dkv_triton.py, gated_maps.py), every chunk for itself.
+"""Gradient of what the keys' map gives before its function, from stored features (gated_dkv_triton.py).
 
-State heads may share a key-value head: each maps the same keys with its own weights, and what they send back is added
-up in the program.
+    dphi_j = e^{G_last - G_j} (dS v_j + dz) + sum_i dP_ij phi(q_i)      dy = phi'(y) dphi, both signs together
+
+A softmax needs sum_f phi_f dphi_f of the whole row before any dy: a first launch finds the sums.
 """
 
 from typing import Any
@@ -11,161 +12,159 @@ import triton
 import triton.language as tl
 
 from .backend import empty
-from .gated_dkv_triton import key_by_query
-from .gated_maps import MAP_POINTERS, Mapped, features, map_gate_constants, phi_grad, project, row_sums, weights
+from .gated_maps import MAP_POINTERS, feature_tile, map_gate_constants, options, phi_grad
 from .gated_plan import Plan, gate_signature
-from .gated_tiles import chunk_span, pair_decay, product, row_decay
+from .gated_tiles import chunk_span, product, row_decay, sum_before
 from .tuning import gated_map_chunk, gated_map_dk
 
 
 @triton.jit
 def writing_grad(
-    vt, d_states, dz_states, slot, f, o, write, C: tl.constexpr, BF: tl.constexpr, F: tl.constexpr, V: tl.constexpr,
-    END: tl.constexpr, NORM: tl.constexpr, PREC: tl.constexpr,
+    vt, d_states, dz_states, slot, f, in_f, o, write, C: tl.constexpr, BF: tl.constexpr, F: tl.constexpr,
+    V: tl.constexpr, NORM: tl.constexpr, PREC: tl.constexpr,
 ):  # fmt: skip
-    """Gradient of key features f < END through the state: e^{G_last - G_j} (dS v_j + dz) [C, BF]."""
-    inside = f < END
+    """Gradient of some key features through the state: e^{G_last - G_j} (dS v_j + dz) [C, BF]."""
     tile = slot * F * V + f[None, :] * V + o[:, None]
-    d_state = tl.load(d_states + tile, mask=inside[None, :] & (o < V)[:, None], other=0.0)
+    d_state = tl.load(d_states + tile, mask=in_f[None, :] & (o < V)[:, None], other=0.0)
     grad = product(vt, d_state, tl.zeros([C, BF], tl.float32), PREC)
     if NORM:
-        grad += tl.load(dz_states + slot * F + f, mask=inside, other=0.0)[None, :]
+        grad += tl.load(dz_states + slot * F + f, mask=in_f, other=0.0)[None, :]
     return grad * write[:, None]
 
 
 @triton.jit(do_not_specialize=["T", "H", "NT"])
 def map_dk_kernel(
-    q, k, v, g, q_weight, q_bias, k_weight, k_bias, q_sums, k_sums, dout, factor, extra, d_states, dz_states,
-    dk, along, table,
-    sqb, sqh, sqt, skb, skh, skt, svb, svh, svt, sgb, sgh, sgt, sdb, sdh, sdt, sob, soh, sot, scale, T, H, NT,
-    R: tl.constexpr, G: tl.constexpr, D: tl.constexpr, BD: tl.constexpr, WIDTH: tl.constexpr, V: tl.constexpr,
-    BF: tl.constexpr, BV: tl.constexpr, C: tl.constexpr, MAP: tl.constexpr, SIGNED: tl.constexpr, BIAS: tl.constexpr,
-    DECAY: tl.constexpr, NORM: tl.constexpr, PACKED: tl.constexpr, PREC: tl.constexpr,
+    fq, fk, pairs, v, g, d_states, dz_states, along, dy, d_bias, gates, found, table,
+    svb, svh, svt, sgb, sgh, sgt, part, T, H, NT,
+    R: tl.constexpr, G: tl.constexpr, WIDTH: tl.constexpr, V: tl.constexpr, BF: tl.constexpr, BV: tl.constexpr,
+    C: tl.constexpr, MAP: tl.constexpr, SIGNED: tl.constexpr, DECAY: tl.constexpr, NORM: tl.constexpr,
+    PACKED: tl.constexpr, BIAS: tl.constexpr, WANT_G: tl.constexpr, SUMS: tl.constexpr, PREC: tl.constexpr,
 ):  # fmt: skip
-    """Grid (batch, chunks, key-value heads, flat). BV covers V. along [B, S, T, 2] (softmax)."""
+    """Grid (batch, chunks, tiles of columns, state heads, flat). BV covers V.
+
+    dy [B, S, T, WIDTH], d_bias [B, S, NT, WIDTH] its sums; gates [tiles, ., S, T], tiles `part` apart. With SUMS only
+    found [tiles, B, S, T, 2] is written: phi dphi.
+    """
     F: tl.constexpr = WIDTH * SIGNED
     NF: tl.constexpr = (WIDTH + BF - 1) // BF
-    PASSES: tl.constexpr = 2 if MAP == "hedgehog_softmax" else 1
-    HK = H // (R * G)
     S = H // R
     pid = tl.program_id(0)
-    hk = (pid % HK).to(tl.int64)
-    c = pid // HK % NT
-    b = (pid // HK // NT).to(tl.int64)
+    s = (pid % S).to(tl.int64)
+    tile = pid // S % NF
+    c = pid // S // NF % NT
+    b = (pid // S // NF // NT).to(tl.int64)
+    slot = (b * S + s) * NT + c
     first, begin, end = chunk_span(c, table, T, C, 0, PACKED)
     rows = tl.arange(0, C)
     t = first + rows
     live = (t >= begin) & (t < end)
     o = tl.arange(0, BV)
-    d = tl.arange(0, BD)
-    in_o = o < V
-    in_v = live[:, None] & in_o[None, :]
-    in_x = live[:, None] & (d < D)[None, :]
-    seen = rows[:, None] <= rows[None, :]  # [key, query]
-    vt = tl.load(v + b * svb + hk * svh + first * svt + rows[:, None] * svt + o[None, :], mask=in_v, other=0.0)
-    xk = tl.load(k + b * skb + hk * skh + first * skt + rows[:, None] * skt + d[None, :], mask=in_x, other=0.0)
-    x_grad = tl.zeros([C, BD], tl.float32)
+    column = tile * BF + tl.arange(0, BF)
+    in_f = column < WIDTH
+    in_row = live[:, None] & in_f[None, :]
 
-    for j in tl.range(0, G, disable_licm=True):
-        s = hk * G + j
-        slot = (b * S + s) * NT + c
-        at_s = (b * S + s) * T + t
-        running, total = row_decay(g, b * sgb + s * sgh, sgt, t, live, C, DECAY)
-        write = tl.exp2(total - running)
-        pairs = tl.zeros([C, C], vt.dtype)  # dP, of one query head at a time
-        if R == 1:
-            at = (b * H + s) * T + t
-            do = tl.load(
-                dout + b * sdb + s * sdh + first * sdt + rows[:, None] * sdt + o[None, :], mask=in_v, other=0.0
-            )
-            raw, _weight = key_by_query(vt, do, factor, extra, at, live, scale, C, NORM, PREC)
-            pairs = (raw * pair_decay(running[None, :], running[:, None], seen)).to(do.dtype)
-        along_up = tl.zeros([C], tl.float32)  # phi dphi of a row, by sign
-        along_down = tl.zeros([C], tl.float32)
-        for turn in tl.static_range(PASSES):
-            for i in tl.range(0, NF, disable_licm=True):
-                column = i * BF + tl.arange(0, BF)
-                in_f = column < WIDTH
-                in_row = live[:, None] & in_f[None, :]
-                wk = weights(k_weight + s * D * WIDTH, d, column, in_f, D, WIDTH)
-                yk = project(xk, wk, k_bias + s * WIDTH if BIAS else k_bias, column, in_f, BIAS, PREC)
-                up = writing_grad(vt, d_states, dz_states, slot, column, o, write, C, BF, F, V, WIDTH, NORM, PREC)
-                down = tl.zeros([C, BF], tl.float32)
-                if SIGNED == 2:
-                    down = writing_grad(
-                        vt, d_states, dz_states, slot, WIDTH + column, o, write, C, BF, F, V, 2 * WIDTH, NORM, PREC
-                    )
-                for r in tl.range(0, R, disable_licm=True):
-                    h = s * R + r
-                    at = (b * H + h) * T + t
-                    if R > 1:
-                        do = tl.load(
-                            dout + b * sdb + h * sdh + first * sdt + rows[:, None] * sdt + o[None, :],
-                            mask=in_v, other=0.0,
-                        )  # fmt: skip
-                        raw, _weight = key_by_query(vt, do, factor, extra, at, live, scale, C, NORM, PREC)
-                        pairs = (raw * pair_decay(running[None, :], running[:, None], seen)).to(do.dtype)
-                    xq = tl.load(
-                        q + b * sqb + h * sqh + first * sqt + rows[:, None] * sqt + d[None, :], mask=in_x, other=0.0
-                    )
-                    wq = weights(q_weight + h * D * WIDTH, d, column, in_f, D, WIDTH)
-                    yq = project(xq, wq, q_bias + h * WIDTH if BIAS else q_bias, column, in_f, BIAS, PREC)
-                    _, qf = features(yq, row_sums(q_sums, at, 0, live, C, MAP), in_row, 0, MAP)
-                    up = tl.dot(pairs, qf.to(xk.dtype), up, input_precision=PREC)
-                    if SIGNED == 2:
-                        _, qf = features(yq, row_sums(q_sums, at, 1, live, C, MAP), in_row, 1, MAP)
-                        down = tl.dot(pairs, qf.to(xk.dtype), down, input_precision=PREC)
-                signed, kf = features(yk, row_sums(k_sums, at_s, 0, live, C, MAP), in_row, 0, MAP)
-                if turn + 1 < PASSES:
-                    along_up += tl.sum(kf * up, 1)
-                dy = phi_grad(signed, kf, up, along_up[:, None], MAP)
-                if SIGNED == 2:
-                    signed, kf = features(yk, row_sums(k_sums, at_s, 1, live, C, MAP), in_row, 1, MAP)
-                    if turn + 1 < PASSES:
-                        along_down += tl.sum(kf * down, 1)
-                    dy -= phi_grad(signed, kf, down, along_down[:, None], MAP)
-                if turn + 1 == PASSES:
-                    x_grad = tl.dot(dy.to(xk.dtype), tl.trans(wk), x_grad, input_precision=PREC)
-        if PASSES == 2:
-            tl.store(along + at_s * 2, along_up, mask=live)
-            tl.store(along + at_s * 2 + 1, along_down, mask=live)
-    to = dk + b * sob + hk * soh + first * sot + rows[:, None] * sot + d[None, :]
-    tl.store(to, x_grad.to(dk.dtype.element_ty), mask=in_x)
+    up = tl.zeros([C, BF], tl.float32)
+    down = tl.zeros([C, BF], tl.float32)
+    for r in tl.range(0, R):
+        h = s * R + r
+        from_query = tl.load(pairs + ((b * H + h) * NT + c) * C * C + rows[None, :] * C + rows[:, None])
+        queries = ((b * H + h) * T + first) * F + rows * F
+        qf = feature_tile(fq, queries, column, in_row, 0, WIDTH)
+        up = tl.dot(from_query, qf, up, input_precision=PREC)
+        if SIGNED == 2:
+            qf = feature_tile(fq, queries, column, in_row, 1, WIDTH)
+            down = tl.dot(from_query, qf, down, input_precision=PREC)
+
+    running, total = row_decay(g, b * sgb + s * sgh, sgt, t, live, C, DECAY)
+    write = tl.exp2(total - running)
+    at = (b * S + s) * T + t
+    vt = tl.load(
+        v + b * svb + (s // G) * svh + first * svt + rows[:, None] * svt + o[None, :],
+        mask=live[:, None] & (o < V)[None, :], other=0.0,
+    )  # fmt: skip
+    to_state = tl.zeros([C], tl.float32)  # phi(k)_j dphi(k)_j through the state
+    grad_y = tl.zeros([C, BF], tl.float32)
+    for sign in tl.static_range(SIGNED):
+        f = sign * WIDTH + column
+        grad = writing_grad(vt, d_states, dz_states, slot, f, in_f, o, write, C, BF, F, V, NORM, PREC)
+        own = feature_tile(fk, at * F, column, in_row, sign, WIDTH).to(tl.float32)
+        if WANT_G:
+            to_state += tl.sum(own * grad, 1)
+        grad += up if sign == 0 else down
+        if SUMS:
+            to = found + (tile.to(tl.int64) * part + at) * 2 + sign
+            tl.store(to, tl.sum(own * grad, 1), mask=live)
+        else:
+            other = own
+            if MAP == "hedgehog_exp":
+                other = feature_tile(fk, at * F, column, in_row, 1 - sign, WIDTH).to(tl.float32)
+            summed = tl.zeros([C, 1], tl.float32)
+            if MAP == "hedgehog_softmax":
+                summed = tl.load(along + at * 2 + sign, mask=live, other=0.0)[:, None]
+            change = phi_grad(own, other, grad, summed, MAP)
+            grad_y += change if sign == 0 else -change
+    if not SUMS:
+        tl.store(dy + at[:, None] * WIDTH + column[None, :], grad_y.to(dy.dtype.element_ty), mask=in_row)
+        if BIAS:
+            tl.store(d_bias + slot * WIDTH + column, tl.sum(tl.where(in_row, grad_y, 0.0), 0), mask=in_f)
+        if WANT_G:
+            tl.store(gates + tile.to(tl.int64) * part + at, sum_before(to_state), mask=live)
 
 
 def map_key_gradients(
     plan: Plan,
-    x: Mapped,
-    dout: torch.Tensor,
-    factors: tuple[torch.Tensor | None, torch.Tensor | None],
+    v: torch.Tensor,
+    g: torch.Tensor | None,
+    features: tuple[torch.Tensor, torch.Tensor],
+    pairs: torch.Tensor,
     d_states: tuple[torch.Tensor, torch.Tensor],
+    gates: torch.Tensor | None,
     *,
     chunk: int,
+    bias: bool,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """dk as k, and phi dphi [B, S, T, 2] of a softmax (else empty)."""
-    config = gated_map_dk(plan.capability, plan.features, plan.values, x.q.dtype)
+    """dy [B, S, T, f] in the features' dtype, and with `bias` its sums [B, S, NT, f] float32, else empty.
+
+    gates [tiles, B, S, T] are filled where they are given.
+    """
+    fq, fk = features
+    width = plan.features // plan.signs
+    config = gated_map_dk(plan.capability, width, plan.values, fq.dtype)
     table, _, count = plan.chunks(chunk)
-    batch, length, device = plan.batch, plan.length, x.q.device
-    dk = empty((batch, length, plan.kv_heads, x.k.shape[3]), dtype=x.k.dtype, device=device).transpose(1, 2)
-    softmax = plan.map == "hedgehog_softmax"
-    along = empty((batch, plan.state_heads, length, 2) if softmax else (0,), dtype=torch.float32, device=device)
-    map_dk_kernel[(batch * count * plan.kv_heads,)](
-        *x, dout, *factors, *d_states, dk, along, table, *x.strides(plan), *dout.stride()[:3], *dk.stride()[:3],
-        plan.scale, length, plan.heads, count,
-        BV=max(16, triton.next_power_of_2(plan.values)), **x.options(plan, chunk, table), **config,
-    )  # fmt: skip
-    return dk, along
+    rows = (plan.batch, plan.state_heads, plan.length)
+    tiles = -(-width // config["BF"])
+    dy = empty((*rows, width), dtype=fk.dtype, device=fk.device)
+    sums = (plan.batch, plan.state_heads, count, width) if bias else (0,)
+    d_bias = empty(sums, dtype=torch.float32, device=fk.device)
+
+    def launch(along: torch.Tensor | None, found: torch.Tensor | None, part: int) -> None:
+        map_dk_kernel[(plan.batch * count * tiles * plan.state_heads,)](
+            fq, fk, pairs, v, g, *d_states, along, dy, d_bias, gates, found, table,
+            *v.stride()[:3], *plan.decay_strides(g), part, plan.length, plan.heads, count,
+            G=plan.state_heads // plan.kv_heads, MAP=plan.map, BIAS=bias, WANT_G=gates is not None,
+            SUMS=found is not None, **options(plan, chunk, fq.dtype), **config,
+        )  # fmt: skip
+
+    along = None
+    if plan.map == "hedgehog_softmax":
+        found = empty((tiles, *rows, 2), dtype=torch.float32, device=fq.device)
+        launch(None, found, plan.batch * plan.state_heads * plan.length)
+        along = found.sum(0)
+    launch(along, None, 0 if gates is None else gates.stride(0))
+    return dy, d_bias
 
 
 def gate_cases(arch: int = 90) -> list[tuple[Any, dict[str, str], dict[str, Any], dict[str, int], str]]:
     """Default configurations in bfloat16 on a card of capability `arch`, for the compile gate."""
     cases = []
-    for size, width in ((64, 256), (128, 64)):
-        config = gated_map_dk(arch, 2 * width, size, torch.bfloat16)
-        options = {name: config.pop(name) for name in ("num_warps", "num_stages")}
-        chunk = gated_map_chunk(arch, size, torch.bfloat16, backward=True)
-        constants = map_gate_constants(size, width, chunk) | {"BV": size} | config
-        pointers = MAP_POINTERS | {"dk": "*bf16", "along": "*fp32"}
-        signature = gate_signature(map_dk_kernel, pointers, constants)
-        cases.append((map_dk_kernel, signature, constants, options, f"D {size} f {width}"))
+    for size, width in ((64, 1024), (128, 1024), (128, 64)):
+        config = gated_map_dk(arch, width, size, torch.bfloat16)
+        launch = {name: config.pop(name) for name in ("num_warps", "num_stages")}
+        chunk = gated_map_chunk(arch, torch.bfloat16)
+        constants = (
+            map_gate_constants(size, width, chunk) | {"G": 1, "BIAS": True, "WANT_G": True, "SUMS": False} | config
+        )
+        constants |= {"along": None, "found": None}
+        signature = gate_signature(map_dk_kernel, MAP_POINTERS, constants)
+        cases.append((map_dk_kernel, signature, constants, launch, f"D {size} f {width}"))
     return cases

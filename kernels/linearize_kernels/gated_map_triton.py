@@ -1,22 +1,16 @@
 """Gated linear attention with its feature maps inside, as one operator for autograd and torch.compile.
 
-Neither features nor their gradients are ever written: the backward pass computes them again, tile by tile, from what
+Features live as long as the slice they belong to (gated_map_slices.py): the backward pass makes them again, from what
 the forward pass was given. Kept are the inputs, the output and the denominators.
 """
 
 import torch
 
-from .gated_dq_triton import factors
-from .gated_map_dk_triton import map_key_gradients
-from .gated_map_dq_triton import map_query_gradients
-from .gated_map_dv_triton import map_value_gradients
-from .gated_map_out_triton import log_sums, map_outputs
-from .gated_map_weights_triton import map_weight_gradients
+from .gated_map_slices import backward, forward
 from .gated_maps import SIGNS, Mapped
 from .gated_plan import Plan
-from .gated_scan_triton import scan
 from .gated_triton import DECAYS
-from .tuning import capability, gated_map_chunk
+from .tuning import capability
 
 
 def _plan(q, v, g, q_weight, k_weight, cu_seqlens, kind, scale, norm) -> Plan:  # type: ignore[no-untyped-def]
@@ -39,17 +33,11 @@ def _plan(q, v, g, q_weight, k_weight, cu_seqlens, kind, scale, norm) -> Plan:  
     )
 
 
-def _mapped(plan: Plan, q, k, v, g, q_weight, q_bias, k_weight, k_bias) -> Mapped:  # type: ignore[no-untyped-def]
-    """Weights in the inputs' dtype, which is what tensor cores multiply, and the sums of a softmax."""
+def _mapped(q, k, v, g, q_weight, q_bias, k_weight, k_bias) -> Mapped:  # type: ignore[no-untyped-def]
+    """Weights in the inputs' dtype, which is what tensor cores multiply."""
     q_weight, k_weight = (w.to(q.dtype).contiguous() for w in (q_weight, k_weight))
     q_bias, k_bias = (None if b is None else b.float().contiguous() for b in (q_bias, k_bias))
-    sums = log_sums(plan, q, q_weight, q_bias), log_sums(plan, k, k_weight, k_bias)
-    return Mapped(q, k, v, g, q_weight, q_bias, k_weight, k_bias, *sums)
-
-
-def _key_scan(plan, x, state, chunk, want_final):  # type: ignore[no-untyped-def]
-    known = dict(weight=x.k_weight, bias=x.k_bias, log_sums=x.k_sums)
-    return scan(plan, x.k, x.v, x.g, state, chunk=chunk, reverse=False, want_final=want_final, **known)
+    return Mapped(q, k, v, g, q_weight, q_bias, k_weight, k_bias)
 
 
 @torch.library.custom_op("linearize::mapped_gated_linear", mutates_args=())
@@ -71,11 +59,8 @@ def mapped_gated_linear_op(
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """Output [B, H, T, V], denominators [B, H, T] and last state, the latter two empty where there are none."""
     plan = _plan(q, v, g, q_weight, k_weight, cu_seqlens, kind, scale, norm)
-    x = _mapped(plan, q, k, v, g, q_weight, q_bias, k_weight, k_bias)
-    chunk = gated_map_chunk(plan.capability, plan.values, q.dtype, backward=False)
-    states, z_states, final = _key_scan(plan, x, state, chunk, return_state)
-    out, den = map_outputs(plan, x, states, z_states, chunk=chunk)
-    return out, den, final
+    x = _mapped(q, k, v, g, q_weight, q_bias, k_weight, k_bias)
+    return forward(plan, x, state, want_final=return_state)
 
 
 @mapped_gated_linear_op.register_fake
@@ -116,26 +101,10 @@ def mapped_gated_linear_backward_op(
 ]:  # fmt: skip
     """dq, dk, dv, dg, those of q's weight and bias and of k's, and the first state's; empty where not wanted."""
     plan = _plan(q, v, g, q_weight, k_weight, cu_seqlens, kind, scale, norm)
-    x = _mapped(plan, q, k, v, g, q_weight, q_bias, k_weight, k_bias)
-    chunk = gated_map_chunk(plan.capability, plan.values, q.dtype, backward=True)
-    factor, extra = factors(plan, out, den, d_out)
-    states, z_states, _ = _key_scan(plan, x, state, chunk, False)
-    d_states, dz_states, d_state = scan(
-        plan, q, d_out, g, d_final, chunk=chunk, reverse=True, want_final=want_state, factor=factor, extra=extra,
-        weight=x.q_weight, bias=x.q_bias, log_sums=x.q_sums,
-    )  # fmt: skip
-    known, before, after = (plan, x, d_out, (factor, extra)), (states, z_states), (d_states, dz_states)
-    dq, dg_read, q_along = map_query_gradients(*known, before, after, chunk=chunk, want_g=want_g)
-    dk, k_along = map_key_gradients(*known, after, chunk=chunk)
-    dv, dg = map_value_gradients(*known, after, chunk=chunk, want_g=want_g)
-    none = (dq.new_empty(0, dtype=torch.float32) for _ in range(4))
-    maps = (next(none), next(none), next(none), next(none))
-    if want_maps:
-        maps = map_weight_gradients(*known, before, after, (q_along, k_along), chunk=chunk)
-    if want_g:
-        dg = dg + dg_read
-        dg = dg.sum((0, 2)) if plan.decay == "fixed" else dg
-    return dq, dk, dv, dg, *maps, d_state
+    x = _mapped(q, k, v, g, q_weight, q_bias, k_weight, k_bias)
+    wanted = dict(want_g=want_g, want_state=want_state, want_maps=want_maps)
+    found = backward(plan, x, state, out, den, d_out, d_final, **wanted)
+    return found.dq, found.dk, found.dv, found.gates(plan), *found.maps, found.state
 
 
 @mapped_gated_linear_backward_op.register_fake

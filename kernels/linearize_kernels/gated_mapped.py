@@ -2,7 +2,8 @@
 
     phi(q)_t = features of q_t W_h + b_h        o, S and z as in gated.py, with phi(q) and phi(k)
 
-Where the kernels serve, features are computed tile by tile and never written; else in torch, then `gated_linear`.
+Where the kernels serve, features are held for a slice of the call at a time, and made again for the backward pass; else
+they are made in torch, for `gated_linear`.
 """
 
 from __future__ import annotations

@@ -1,10 +1,13 @@
-"""Feature maps inside kernels: phi(x W + b) tile by tile, so that no tensor of features is ever written.
+"""Feature maps inside kernels: phi(x W + b), and the slope of a map from its features alone.
 
 A map with two signs gives phi(y) and phi(-y), y = x W + b. The formulas are those of the feature maps of a mixer: their
 limits and floors are part of what a model learned with.
 
     hedgehog_exp      exp(clamp(y, -15, 15))        hedgehog_softmax   max(softmax(y), 1e-12)
     relu              max(y, 1e-6)                  crelu              max(y, 0)            linear   y
+
+Features are kept in the inputs' dtype, in which tensor cores multiply them. What a map has cut off is told by a feature
+at its limit or floor, so that y itself is needed no more.
 """
 
 from typing import Any, NamedTuple
@@ -13,12 +16,16 @@ import torch
 import triton
 import triton.language as tl
 
-from .gated_plan import Plan
+from .gated_plan import Plan, Slice
 
 LOG2E = tl.constexpr(1.4426950408889634)
 EXP_LIMIT = tl.constexpr(15.0)
 SOFTMAX_FLOOR = tl.constexpr(1e-12)
 RELU_FLOOR = tl.constexpr(1e-6)
+# Limits and floors as every dtype rounds them lie on the far side of these, and what is inside by 2 % on this one.
+EXP_INSIDE = tl.constexpr(3269000.0)
+SOFTMAX_INSIDE = tl.constexpr(1.01e-12)
+RELU_INSIDE = tl.constexpr(1.02e-6)
 SIGNS = {"hedgehog_exp": 2, "hedgehog_softmax": 2, "crelu": 2, "relu": 1, "linear": 1}
 """Maps that the kernels know, and how many signs each has."""
 
@@ -39,16 +46,19 @@ def phi(y, log_sum, MAP: tl.constexpr):
 
 
 @triton.jit
-def phi_grad(y, features, grad, along, MAP: tl.constexpr):
-    """Gradient of y, which has its sign already; along: a row's sum of features times their gradients (softmax)."""
+def phi_grad(own, other, grad, along, MAP: tl.constexpr):
+    """Gradient of y, which has its sign already, from that of its features.
+
+    own, other: features of this sign and of the other; along: a row's sum of features times their gradients (softmax).
+    """
     if MAP == "hedgehog_exp":
-        return tl.where(tl.abs(y) <= EXP_LIMIT, features * grad, 0.0)
+        return tl.where(tl.maximum(own, other) < EXP_INSIDE, own * grad, 0.0)
     elif MAP == "hedgehog_softmax":
-        return features * (tl.where(features > SOFTMAX_FLOOR, grad, 0.0) - along)
+        return own * (tl.where(own > SOFTMAX_INSIDE, grad, 0.0) - along)
     elif MAP == "relu":
-        return tl.where(y >= RELU_FLOOR, grad, 0.0)
+        return tl.where(own > RELU_INSIDE, grad, 0.0)
     elif MAP == "crelu":
-        return tl.where(y > 0, grad, 0.0)
+        return tl.where(own > 0, grad, 0.0)
     else:
         return grad
 
@@ -78,14 +88,29 @@ def row_sums(sums, place, sign, live, C: tl.constexpr, MAP: tl.constexpr):
 
 
 @triton.jit
-def features(y, log_sum, inside, SIGN: tl.constexpr, MAP: tl.constexpr):
-    """y with its sign, and its features, 0 outside."""
-    signed = y if SIGN == 0 else -y
-    return signed, tl.where(inside, phi(signed, log_sum, MAP), 0.0)
+def feature_tile(of, rows, column, inside, sign, WIDTH: tl.constexpr):
+    """Stored features of some rows [C] (offsets of their first) and columns of one sign: [C, BF], 0 outside."""
+    return tl.load(of + rows[:, None] + (sign * WIDTH + column)[None, :], mask=inside, other=0.0)
+
+
+@triton.jit
+def two_columns(features, vector, acc, PREC: tl.constexpr):
+    """acc [A, 16] + features [A, B] times a vector [B] float32, spread over columns of which only the sum matters.
+
+    In bfloat16 the vector is the sum of two columns, which keep 16 of its bits; float16 has not its range.
+    """
+    place = tl.arange(0, 16)[None, :]
+    if features.dtype == tl.bfloat16:
+        high = vector.to(tl.bfloat16)
+        low = (vector - high.to(tl.float32)).to(tl.bfloat16)
+        tile = tl.where(place == 0, high[:, None], tl.where(place == 1, low[:, None], 0.0))
+        return tl.dot(features, tile.to(tl.bfloat16), acc)
+    tile = tl.where(place == 0, vector[:, None], 0.0)
+    return tl.dot(features.to(tl.float32), tile, acc, input_precision=PREC)
 
 
 class Mapped(NamedTuple):
-    """Inputs of the kernels whose features are computed on the way, in the order of their arguments."""
+    """What is mapped, and by what."""
 
     q: torch.Tensor
     """[B, H, T, D]"""
@@ -101,36 +126,33 @@ class Mapped(NamedTuple):
     k_weight: torch.Tensor
     """[S, D, f]"""
     k_bias: torch.Tensor | None
-    q_sums: torch.Tensor | None
-    """Of a softmax: logs of the rows' sums [B, H, T, 2]."""
-    k_sums: torch.Tensor | None
-    """[B, S, T, 2]"""
 
-    def strides(self, plan: Plan) -> tuple[int, ...]:
-        """Strides of q, k, v and g over batch, head and token."""
-        parts = [x.stride()[:3] for x in (self.q, self.k, self.v)]
-        return (*parts[0], *parts[1], *parts[2], *plan.decay_strides(self.g))
+    def part(self, at: Slice) -> "Mapped":
+        """Views of one slice's heads and rows of the batch."""
+        if at.whole:
+            return self
+        weights = [None if w is None else w[heads] for w, heads in zip(self[4:], (at.heads,) * 2 + (at.states,) * 2)]
+        return Mapped(at.of_heads(self.q), at.of_keys(self.k), at.of_keys(self.v), at.of_gates(self.g), *weights)  # type: ignore[arg-type]
 
-    def options(self, plan: Plan, chunk: int, table: torch.Tensor | None) -> dict[str, Any]:
-        """Constants of the kernels, but for their tiles."""
-        size = self.q.shape[3]
-        return dict(
-            R=plan.readers, G=plan.state_heads // plan.kv_heads, D=size, BD=max(16, triton.next_power_of_2(size)),
-            WIDTH=plan.features // plan.signs, V=plan.values, C=chunk, MAP=plan.map, SIGNED=plan.signs,
-            BIAS=self.q_bias is not None, DECAY=plan.decay, NORM=plan.norm, PACKED=table is not None,
-            PREC="ieee" if self.q.dtype == torch.float32 else "tf32",
-        )  # fmt: skip
+
+def options(plan: Plan, chunk: int, dtype: torch.dtype) -> dict[str, Any]:
+    """Constants that the kernels from features share."""
+    return dict(
+        R=plan.readers, WIDTH=plan.features // plan.signs, V=plan.values,
+        BV=max(16, triton.next_power_of_2(plan.values)), C=chunk, SIGNED=plan.signs, DECAY=plan.decay, NORM=plan.norm,
+        PACKED=plan.cu_seqlens is not None, PREC="ieee" if dtype == torch.float32 else "tf32",
+    )  # fmt: skip
 
 
 def map_gate_constants(size: int, width: int, chunk: int) -> dict[str, Any]:
-    """Constants of the default recipe's kernels for the compile gate: four state heads on a key-value head."""
+    """Constants of the default recipe's kernels for the compile gate: four query heads on a state."""
     return dict(
-        R=1, G=4, D=size, BD=size, WIDTH=width, V=size, C=chunk, MAP="hedgehog_exp", SIGNED=2, BIAS=True,
-        DECAY="scalar", NORM=True, PACKED=False, PREC="tf32", table=None, q_sums=None, k_sums=None,
+        R=4, WIDTH=width, V=size, BV=size, C=chunk, MAP="hedgehog_exp", SIGNED=2, DECAY="scalar", NORM=True,
+        PACKED=False, PREC="tf32", table=None,
     )  # fmt: skip
 
 
 MAP_POINTERS = dict.fromkeys(
-    ("q", "k", "v", "q_weight", "k_weight", "dout", "states", "d_states"), "*bf16"
-) | dict.fromkeys(("g", "q_bias", "k_bias", "factor", "extra", "z_states", "dz_states"), "*fp32")
+    ("q", "k", "v", "fq", "fk", "dout", "states", "d_states", "reads", "pairs", "dy"), "*bf16"
+) | dict.fromkeys(("g", "factor", "extra", "z_states", "dz_states", "gates", "along", "found", "d_bias"), "*fp32")
 """Types of the arguments that the kernels with maps share, for the compile gate."""

@@ -22,7 +22,9 @@ from .gated_tiles import (
     channel_total,
     chunk_span,
     halves,
+    mild,
     pair_decay,
+    parted,
     product,
     row_decay,
     served,
@@ -94,14 +96,22 @@ def out_kernel(
                 mask=live[:, None] & in_f[None, :], other=0.0,
             )  # fmt: skip
             if DECAY == "channel":
-                own = tl.sum(qf.to(tl.float32) * kf.to(tl.float32), 1)
-                scores += tl.where(rows[:, None] == rows[None, :], own[:, None], 0.0)
-                for level in tl.range(0, LEVELS, num_stages=1):
-                    near = halves(sums, g, g_base, first, end, sgt, f, in_f, level, C)
-                    later = (qf.to(tl.float32) * near).to(qf.dtype)
-                    earlier = (kf.to(tl.float32) * near).to(kf.dtype)
+                total = channel_total(g, g_base, first, begin, end, sgt, f, in_f, C)
+                if mild(total, qf.dtype):
+                    grown, shrunk = parted(sums, total)
+                    later = (qf.to(tl.float32) * grown).to(qf.dtype)
+                    earlier = (kf.to(tl.float32) * shrunk).to(kf.dtype)
                     part = tl.dot(later, tl.trans(earlier), input_precision=PREC)
-                    scores += tl.where(served(rows[:, None], rows[None, :], level), part, 0.0)
+                    scores += tl.where(rows[:, None] >= rows[None, :], part, 0.0)
+                else:
+                    own = tl.sum(qf.to(tl.float32) * kf.to(tl.float32), 1)
+                    scores += tl.where(rows[:, None] == rows[None, :], own[:, None], 0.0)
+                    for level in tl.range(0, LEVELS, num_stages=1):
+                        near = halves(sums, g, g_base, first, end, sgt, f, in_f, level, C)
+                        later = (qf.to(tl.float32) * near).to(qf.dtype)
+                        earlier = (kf.to(tl.float32) * near).to(kf.dtype)
+                        part = tl.dot(later, tl.trans(earlier), input_precision=PREC)
+                        scores += tl.where(served(rows[:, None], rows[None, :], level), part, 0.0)
             else:
                 scores = tl.dot(qf, tl.trans(kf), scores, input_precision=PREC)
     if DECAY != "channel":

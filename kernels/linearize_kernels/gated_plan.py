@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -11,6 +11,39 @@ ENOUGH_PROGRAMS = 132
 """Programs of a scan that fill a large GPU; with fewer, it is cut into segments."""
 LEAST_SEGMENT = 4
 """Chunks that a segment has at least."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Slice:
+    """Rows of the batch, and whole key-value heads with all that read them; one row where it is not every head."""
+
+    rows: slice
+    keys: slice
+    states: slice
+    heads: slice
+    packed: bool
+    whole: bool
+    """Whether it is all there is; then nothing is cut."""
+
+    def of_heads(self, x: torch.Tensor) -> torch.Tensor:
+        """Of [B, H, ...]."""
+        return x if self.whole else x[self.rows, self.heads]
+
+    def of_keys(self, x: torch.Tensor) -> torch.Tensor:
+        """Of [B, HK, ...]."""
+        return x if self.whole else x[self.rows, self.keys]
+
+    def of_gates(self, g: torch.Tensor | None) -> torch.Tensor | None:
+        """Of log decays, [S] or [B, S, T]."""
+        if g is None or self.whole:
+            return g
+        return g[self.states] if g.ndim == 1 else g[self.rows, self.states]
+
+    def of_states(self, x: torch.Tensor | None) -> torch.Tensor | None:
+        """Of the states of sequences [N, S, ...]."""
+        if x is None or self.whole:
+            return x
+        return x[:, self.states] if self.packed else x[self.rows, self.states]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -37,6 +70,11 @@ class Plan:
     cu_seqlens: torch.Tensor | None = None
     """Where packed sequences begin and end [N + 1], int32 or int64; None: every row of the batch is one sequence."""
 
+    tables: dict[int, tuple[torch.Tensor | None, torch.Tensor | None, int]] = field(
+        default_factory=dict, repr=False, compare=False
+    )
+    """What `chunks` has found, by size; slices share it."""
+
     @property
     def sequences(self) -> int:
         """N: packed sequences, or rows of the batch."""
@@ -51,6 +89,33 @@ class Plan:
         """Segments that a scan of this many programs is cut into."""
         wanted = 1 if programs >= ENOUGH_PROGRAMS else -(-2 * ENOUGH_PROGRAMS // programs)
         return max(1, min(wanted, chunks // LEAST_SEGMENT))
+
+    def slices(self, fit: int) -> list[tuple[Plan, Slice]]:
+        """The call cut into parts of at most `fit` key-value heads (at least one) of single rows of the batch."""
+        whole = fit >= self.kv_heads
+        rows = _evenly(self.batch, fit // self.kv_heads if whole else 1)
+        keys = _evenly(self.kv_heads, fit)
+        states, heads = self.state_heads // self.kv_heads, self.heads // self.kv_heads
+        found = []
+        for row in range(0, self.batch, rows):
+            for low in range(0, self.kv_heads, keys):
+                high = min(low + keys, self.kv_heads)
+                at = Slice(
+                    rows=slice(row, min(row + rows, self.batch)),
+                    keys=slice(low, high),
+                    states=slice(low * states, high * states),
+                    heads=slice(low * heads, high * heads),
+                    packed=self.cu_seqlens is not None,
+                    whole=rows == self.batch and keys == self.kv_heads,
+                )
+                sizes = {
+                    "batch": at.rows.stop - at.rows.start,
+                    "kv_heads": high - low,
+                    "state_heads": (high - low) * states,
+                    "heads": (high - low) * heads,
+                }
+                found.append((replace(self, **sizes), at))
+        return found
 
     def decay_strides(self, g: torch.Tensor | None) -> tuple[int, int, int]:
         """Strides of the log decay over batch, head and token."""
@@ -68,7 +133,12 @@ class Plan:
         """
         if self.cu_seqlens is None:
             return None, None, -(-self.length // size) + self.lag
-        ends = self.cu_seqlens.to(torch.int64)
+        if size not in self.tables:
+            self.tables[size] = self._packed_chunks(self.cu_seqlens, size)
+        return self.tables[size]
+
+    def _packed_chunks(self, cu_seqlens: torch.Tensor, size: int) -> tuple[torch.Tensor, torch.Tensor, int]:
+        ends = cu_seqlens.to(torch.int64)
         number = (ends.diff() + size - 1) // size + int(self.lag)
         offsets = torch.cat((number.new_zeros(1), number.cumsum(0)))
         count = self.length // size + self.sequences * (1 + int(self.lag))
@@ -79,6 +149,11 @@ class Plan:
         first = ends[sequence] + (chunk - offsets[sequence] - int(self.lag)) * size
         rows = torch.stack((first, ends[sequence], ends[sequence + 1]), dim=1)
         return torch.where(real[:, None], rows, 0).contiguous(), offsets, count
+
+
+def _evenly(count: int, most: int) -> int:
+    """Size of parts of `count`, at most `most` each but at least one, that differ little."""
+    return -(-count // -(-count // max(1, most)))
 
 
 def gate_signature(kernel: Any, pointers: dict[str, str], constants: dict[str, Any]) -> dict[str, str]:

@@ -21,20 +21,18 @@ import triton
 import triton.language as tl
 
 from .backend import empty
-from .gated_maps import phi
 from .gated_plan import Plan, gate_signature
 from .gated_tiles import LOG2E, channel_total, chunk_span, row_decay
-from .tuning import gated_chunk, gated_map_chunk, gated_map_scan, gated_scan
+from .tuning import gated_chunk, gated_scan
 
 
 @triton.jit(do_not_specialize=["T", "S", "NT", "SEG"])
 def scan_kernel(
-    x, y, g, weight, bias, log_sums, factor, extra, first_state, states, z_states, totals, z_totals, log_totals, final,
+    x, y, g, factor, extra, first_state, states, z_states, totals, z_totals, log_totals, final,
     table, offsets,
     sxb, sxh, sxt, syb, syh, syt, sgb, sgh, sgt, sib, sih, sif, scale, T, S, NT, SEG,
     R: tl.constexpr, G: tl.constexpr, F: tl.constexpr, V: tl.constexpr, BF: tl.constexpr, BV: tl.constexpr,
     C: tl.constexpr, DECAY: tl.constexpr, REVERSE: tl.constexpr, NORM: tl.constexpr, LAG: tl.constexpr,
-    MAP: tl.constexpr, BIAS: tl.constexpr, D: tl.constexpr, WIDTH: tl.constexpr, BD: tl.constexpr,
     TOTALS: tl.constexpr, HAS_FIRST: tl.constexpr, HAS_FINAL: tl.constexpr, PACKED: tl.constexpr, PREC: tl.constexpr,
 ):  # fmt: skip
     """Grid (tiles of F times tiles of V, segments, sequences times state heads).
@@ -44,15 +42,12 @@ def scan_kernel(
     totals [N, S, SEG, F, V], z_totals, log_totals [N, S, SEG, F].
     """
     VT: tl.constexpr = (V + BV - 1) // BV
-    FT: tl.constexpr = (WIDTH + BF - 1) // BF  # tiles of one sign
-    sign = tl.program_id(0) // VT // FT
-    column = tl.program_id(0) // VT % FT * BF + tl.arange(0, BF)
-    f = sign * WIDTH + column
+    f = tl.program_id(0) // VT * BF + tl.arange(0, BF)
     o = tl.program_id(0) % VT * BV + tl.arange(0, BV)
     seg = tl.program_id(1)
     n = (tl.program_id(2) // S).to(tl.int64)
     s = (tl.program_id(2) % S).to(tl.int64)
-    in_f, in_o = column < WIDTH, o < V
+    in_f, in_o = f < F, o < V
     own_z = in_f & (f * 0 + tl.program_id(0) % VT == 0)  # vectors are written once, by the first tile of values
     tile = f[:, None] * V + o[None, :]
     in_tile = in_f[:, None] & in_o[None, :]
@@ -117,33 +112,10 @@ def scan_kernel(
             if DECAY != "channel":
                 running, _ = row_decay(g, g_base, sgt, t, live, C, DECAY)
 
-        if MAP == "none" or REVERSE:
-            x_head = x + b * sxb + (s * R + r) * sxh
-        else:
-            x_head = x + b * sxb + (s // G) * sxh  # keys as they come, mapped by every state head
+        x_head = x + b * sxb + (s * R + r) * sxh
         y_head = y + b * syb + ((s * R + r) if REVERSE else (s // G)) * syh
         in_x = live[None, :] & in_f[:, None]
-        if MAP == "none":
-            xt = tl.load(x_head + first * sxt + rows[None, :] * sxt + f[:, None], mask=in_x, other=0.0).to(tl.float32)
-        else:
-            d = tl.arange(0, BD)
-            map_head = s * R + r if REVERSE else s
-            raw = tl.load(
-                x_head + first * sxt + rows[None, :] * sxt + d[:, None],
-                mask=live[None, :] & (d < D)[:, None],
-                other=0.0,
-            )
-            at = weight + map_head * D * WIDTH + d[None, :] * WIDTH + column[:, None]
-            turned = tl.load(at, mask=(d < D)[None, :] & in_f[:, None], other=0.0)
-            mapped = tl.dot(turned, raw, input_precision=PREC)
-            if BIAS:
-                mapped += tl.load(bias + map_head * WIDTH + column, mask=in_f, other=0.0)[:, None]
-            log_sum = tl.zeros([1, C], tl.float32)
-            if MAP == "hedgehog_softmax":
-                heads = S * R if REVERSE else S
-                place = ((b * heads + map_head) * T + t) * 2 + sign
-                log_sum = tl.load(log_sums + place, mask=live, other=0.0)[None, :]
-            xt = tl.where(in_x, phi(tl.where(sign == 0, mapped, -mapped), log_sum, MAP), 0.0)
+        xt = tl.load(x_head + first * sxt + rows[None, :] * sxt + f[:, None], mask=in_x, other=0.0).to(tl.float32)
         yt = tl.load(
             y_head + first * syt + rows[:, None] * syt + o[None, :], mask=live[:, None] & in_o[None, :], other=0.0
         )
@@ -195,9 +167,6 @@ def scan(
     want_final: bool,
     factor: torch.Tensor | None = None,
     extra: torch.Tensor | None = None,
-    weight: torch.Tensor | None = None,
-    bias: torch.Tensor | None = None,
-    log_sums: torch.Tensor | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """States at chunk boundaries.
 
@@ -208,22 +177,15 @@ def scan(
         first: the state to start from [N, S, F, V (+ 1)], or None.
         factor, extra: float32 [B, H, T]: in reverse and with a denominator, weights of the rows in S and in z.
 
-        weight, bias, log_sums: of the plan's map, where there is one: [heads, D, f] in x's dtype, [heads, f] and
-            [B, heads, T, 2] float32; x then is what is mapped, [B, ., T, D].
-
     Returns:
         states [B, S, NT, F, V], z [B, S, NT, F] (empty without a denominator) and the last state (empty unless wanted).
     """
     table, offsets, count = plan.chunks(chunk)
-    if plan.map == "none":
-        config = gated_scan(plan.capability, plan.features, plan.values, x.dtype, plan.decay)
-    else:
-        config = gated_map_scan(plan.capability, plan.features, plan.values, x.dtype)
+    config = gated_scan(plan.capability, plan.features, plan.values, x.dtype, plan.decay)
     f_size, v_size = config["BF"], config["BV"]
     sequences, norm = plan.sequences, plan.norm
     device, precise = x.device, torch.float32
-    width = plan.features // plan.signs
-    tiles = plan.signs * -(-width // f_size) * -(-plan.values // v_size)
+    tiles = -(-plan.features // f_size) * -(-plan.values // v_size)
     segments = plan.segments(tiles * sequences * plan.state_heads, count)
 
     def made(*shape: int, dtype: torch.dtype = precise) -> torch.Tensor:
@@ -249,11 +211,6 @@ def scan(
         REVERSE=reverse,
         NORM=norm,
         LAG=plan.lag,
-        MAP=plan.map,
-        BIAS=bias is not None,
-        D=x.shape[3],
-        WIDTH=width,
-        BD=max(16, triton.next_power_of_2(x.shape[3])),
         HAS_FIRST=first is not None,
         HAS_FINAL=want_final,
         PACKED=table is not None,
@@ -262,7 +219,7 @@ def scan(
     )
     start = x if first is None else first
     arguments = (
-        x, y, g, weight, bias, log_sums, factor, extra, first, states, z_states, totals, z_totals, log_totals, final,
+        x, y, g, factor, extra, first, states, z_states, totals, z_totals, log_totals, final,
         table, offsets,
         *x.stride()[:3], *y.stride()[:3], *plan.decay_strides(g), *start.stride()[:3],
         plan.scale, plan.length, plan.state_heads, count, segments,
@@ -277,31 +234,25 @@ def scan(
 def gate_cases(arch: int = 90) -> list[tuple[Any, dict[str, str], dict[str, Any], dict[str, int], str]]:
     """Default configurations in bfloat16 on a card of capability `arch`, for the compile gate."""
     cases = []
-    for features, values, decay, reverse, kind in (
-        (128, 128, "scalar", False, "none"),
-        (128, 128, "scalar", True, "none"),
-        (128, 128, "channel", False, "none"),
-        (512, 64, "scalar", False, "hedgehog_exp"),
-        (512, 64, "scalar", True, "hedgehog_exp"),
+    for features, values, decay, reverse in (
+        (128, 128, "scalar", False),
+        (128, 128, "scalar", True),
+        (128, 128, "channel", False),
+        (2048, 128, "scalar", False),
+        (2048, 128, "scalar", True),
+        (2048, 64, "scalar", True),
     ):
-        plain = kind == "none"
-        if plain:
-            config = gated_scan(arch, features, values, torch.bfloat16, decay)
-            chunk = gated_chunk(arch, features, values, torch.bfloat16, decay, backward=reverse)
-        else:
-            config = gated_map_scan(arch, features, values, torch.bfloat16)
-            chunk = gated_map_chunk(arch, values, torch.bfloat16, backward=reverse)
+        config = gated_scan(arch, features, values, torch.bfloat16, decay)
+        chunk = gated_chunk(arch, features, values, torch.bfloat16, decay, backward=reverse)
         options = {name: config.pop(name) for name in ("num_warps", "num_stages")}
         constants: dict[str, Any] = dict(
             R=1, G=1, F=features, V=values, C=chunk, DECAY=decay, REVERSE=reverse, NORM=True, LAG=False, TOTALS=False,
-            HAS_FIRST=False, HAS_FINAL=False, PACKED=False, PREC="tf32", MAP=kind, BIAS=not plain, D=64, BD=64,
-            WIDTH=features if plain else features // 2, first_state=None, table=None, offsets=None, log_sums=None,
+            HAS_FIRST=False, HAS_FINAL=False, PACKED=False, PREC="tf32", first_state=None, table=None, offsets=None,
             **config,
         )  # fmt: skip
-        pointers = {"x": "*bf16", "y": "*bf16", "states": "*bf16", "weight": "*bf16", "bias": "*fp32"}
+        pointers = {"x": "*bf16", "y": "*bf16", "states": "*bf16"}
         names = ("g", "factor", "extra", "z_states", "totals", "z_totals", "log_totals", "final")
         pointers |= dict.fromkeys(names, "*fp32")
         signature = gate_signature(scan_kernel, pointers, constants)
-        label = f"{decay} F {features} V {values} map {kind} reverse {reverse}"
-        cases.append((scan_kernel, signature, constants, options, label))
+        cases.append((scan_kernel, signature, constants, options, f"{decay} F {features} V {values} reverse {reverse}"))
     return cases

@@ -1,7 +1,7 @@
 """What the kernels of gated linear attention share: where a chunk lies, and what its rows have forgotten.
 
-Log decays are summed inside a chunk and in base 2. Only differences that are at most zero are exponentiated, masked
-before exp2, so that nothing overflows however strong the decay.
+Log decays are summed inside a chunk and in base 2. What is exponentiated is at most zero, masked before exp2, so that
+nothing overflows however strong the decay; or it is known to be small (`mild`).
 """
 
 import triton
@@ -9,6 +9,8 @@ import triton.language as tl
 
 LOG2E = tl.constexpr(1.4426950408889634)
 TINY = tl.constexpr(1e-30)
+REACH = tl.constexpr(60.0)
+"""Largest exponent of 2 by which `mild` lets a factor grow, far from what float32 and bfloat16 can hold."""
 
 
 @triton.jit
@@ -74,6 +76,23 @@ def channel_total(g, base, first, begin, end, step, f, in_f, C: tl.constexpr):
 
 
 @triton.jit
+def mild(total, dtype: tl.constexpr):
+    """Whether no channel forgets more in a chunk than `parted` can split; of float16's range there is too little."""
+    if dtype == tl.float16:
+        small = False
+    else:
+        small = tl.min(total, 0) > -2.0 * REACH
+    return small
+
+
+@triton.jit
+def parted(sums, total):
+    """e^{G - m} and e^{m - G}, m half of what the chunk forgets: their products are the decays between its tokens."""
+    middle = sums - 0.5 * total[None, :]
+    return tl.exp2(middle), tl.exp2(-middle)
+
+
+@triton.jit
 def halves(sums, g, base, first, end, step, f, in_f, level, C: tl.constexpr):
     """Decays that meet in the middle of blocks of 2^(level + 1) tokens: [C, BF].
 
@@ -86,6 +105,21 @@ def halves(sums, g, base, first, end, step, f, in_f, level, C: tl.constexpr):
     at = g + base + first * step + middle[:, None] * step + f[None, :]
     reference = tl.load(at, mask=known[:, None] & in_f[None, :], other=0.0) * LOG2E
     return tl.exp2(-tl.abs(sums - reference))
+
+
+@triton.jit
+def decays(g, step, rows, f, mask):
+    """Running sums of a chunk's log decays g [C, BF] in base 2, and their totals [BF]; g at the chunk's first token."""
+    own = tl.load(g + rows[:, None] * step + f[None, :], mask=mask, other=0.0) * LOG2E
+    return tl.cumsum(own, 0), tl.sum(own, 0)
+
+
+@triton.jit
+def meet(sums, level):
+    """As `halves`, from all of a chunk's running sums [C, BF]."""
+    rows = tl.zeros(sums.shape, tl.int32) + tl.arange(0, sums.shape[0])[:, None]
+    middle = ((rows >> (level + 1)) << (level + 1)) + (1 << level) - 1
+    return tl.exp2(-tl.abs(sums - tl.gather(sums, middle, 0)))
 
 
 @triton.jit

@@ -6,6 +6,8 @@ costs a scan of k and v and saves F V / C numbers a token and head.
 
 import torch
 
+from . import gated_channel_grads_triton, gated_channel_scan_triton
+from .gated_channel_prepare_triton import prepare
 from .gated_channel_triton import channel_gradients
 from .gated_dkv_triton import key_gradients
 from .gated_dq_triton import factors, query_gradients
@@ -13,8 +15,10 @@ from .gated_out_triton import outputs
 from .gated_plan import Plan
 from .gated_scan_triton import scan
 from .gated_sums_triton import running_sums
-from .tuning import capability, gated_chunk
+from .tuning import capability, gated_at_hand, gated_chunk
 
+WIDEST = 256
+"""Features of a state that one program holds."""
 DECAYS = {0: "none", 1: "fixed", 3: "scalar", 4: "channel"}
 
 
@@ -47,6 +51,16 @@ def make_plan(
     )
 
 
+def at_hand(plan: Plan, dtype: torch.dtype) -> bool:
+    """Whether a decay per channel is paid once, before the states are scanned, and outputs are made while they are.
+
+    States are then read in `dtype`, of which float16 may be too small, and which in float32 does not fit.
+    """
+    if plan.decay != "channel" or plan.norm or plan.lag or plan.readers > 1 or plan.features > WIDEST:
+        return False
+    return gated_at_hand(plan.capability, dtype, plan.sequences * plan.state_heads)
+
+
 @torch.library.custom_op("linearize::gated_linear", mutates_args=())
 def gated_linear_op(
     q: torch.Tensor,
@@ -66,6 +80,10 @@ def gated_linear_op(
     """
     plan = make_plan(q, k, v, g, cu_seqlens, scale, norm, lag)
     chunk = lag or gated_chunk(plan.capability, plan.features, plan.values, q.dtype, plan.decay, backward=False)
+    if g is not None and at_hand(plan, q.dtype):
+        made = prepare(plan, q, k, g, chunk=chunk)
+        out, final = gated_channel_scan_triton.outputs(plan, made, v, state, chunk=chunk, want_final=return_state)
+        return out, final.new_empty(0), final
     if g is not None and plan.decay == "channel":
         g = running_sums(plan, g, chunk)
     states, z_states, final = scan(plan, k, v, g, state, chunk=chunk, reverse=False, want_final=return_state)
@@ -104,6 +122,15 @@ def gated_linear_backward_op(
     """dq, dk, dv, dg as g (empty unless wanted) and the initial state's gradient (likewise)."""
     plan = make_plan(q, k, v, g, cu_seqlens, scale, norm, lag)
     chunk = lag or gated_chunk(plan.capability, plan.features, plan.values, q.dtype, plan.decay, backward=True)
+    if g is not None and at_hand(plan, q.dtype):
+        made = prepare(plan, q, k, g, chunk=chunk)
+        states, d_states, dv, d_state = gated_channel_scan_triton.both_states(
+            plan, made, v, d_out, state, d_final, chunk=chunk, want_first=want_state
+        )
+        dq, dk, dg = gated_channel_grads_triton.channel_gradients(
+            plan, q, k, v, g, made[2], d_out, states, d_states, chunk=chunk, want_g=want_g
+        )
+        return dq, dk, dv, dg, d_state
     if g is not None and plan.decay == "channel":
         g = running_sums(plan, g, chunk)
     factor, extra = factors(plan, out, den, d_out)

@@ -44,10 +44,45 @@ def gated_out(
 ) -> dict[str, int]:
     """Tiles, warps and stages of gated_out_triton.out_kernel."""
     if decay == "channel":
-        return {"BF": _tile(features, 32), "BV": _tile(values, 128), "num_warps": 4, "num_stages": 2}
+        return {"BF": _tile(features, 32), "BV": _tile(values, 128), "num_warps": 4, "num_stages": 1}
     # With a denominator the queries are read twice, by tensor cores and by a sum: of two stages Triton 3.6 makes a
     # pipeline that has one slot for them, and fills it while the tensor cores still read.
     return {"BF": _tile(features, 64), "BV": _tile(values, 128), "num_warps": 8, "num_stages": 1 if norm else 2}
+
+
+def gated_prepare(capability: int, features: int, dtype: torch.dtype) -> dict[str, int]:
+    """Feature tile, warps and stages of gated_channel_prepare_triton.prepare_kernel."""
+    return {"BF": _tile(features, 32), "num_warps": 4, "num_stages": 1}
+
+
+def gated_states(
+    capability: int, features: int, values: int, dtype: torch.dtype, *, programs: int, reverse: bool
+) -> dict[str, int]:
+    """Value tile, warps and stages of gated_channel_scan_triton.states_kernel, forwards or in reverse.
+
+    programs: states that are scanned side by side; few of them are cut finer, to fill the card. In reverse two stages
+    of all that is read would leave room for one program on a multiprocessor.
+    """
+    fine = features > 128 or programs < 66 or dtype == torch.float32
+    return {"BV": _tile(values, 32 if fine else 64), "num_warps": 4, "num_stages": 1 if reverse else 2}
+
+
+def gated_grads(capability: int, features: int, values: int, dtype: torch.dtype, *, mild: bool) -> dict[str, int]:
+    """Feature tile, warps and stages of gated_channel_grads_triton.grads_kernel, for chunks that forget little or much.
+
+    Both have one tile: which of the two is meant is decided for a tile.
+    """
+    return {"BF": _tile(features, 32), "num_warps": 4 if mild and values <= 128 else 8, "num_stages": 1}
+
+
+def gated_at_hand(capability: int, dtype: torch.dtype, programs: int) -> bool:
+    """Whether states of a decay per channel are scanned in one go, outputs and all; else cut into segments.
+
+    programs: states that are scanned side by side.
+    """
+    if capability == 0:
+        return programs >= 2
+    return dtype == torch.bfloat16 and programs >= 32
 
 
 def gated_dq(capability: int, features: int, values: int, dtype: torch.dtype, decay: str) -> dict[str, int]:
@@ -85,6 +120,23 @@ def decode(
     return {"BV": min(whole, 32 if few or tall else 64), "GROUP": ratio, "num_warps": 8 if tall else 4}
 
 
+def decode_group(capability: int, head_dim: int, features: int, groups: int) -> dict[str, int] | None:
+    """Value channels, stages of a loop over heads, and warps, of decode_group_triton; None: a program a head is better.
+
+    groups: sequences times key heads. Fewer than half the card's multiprocessors would leave too much of it idle.
+    """
+    if groups < (2 if capability == 0 else 64):
+        return None
+    return {
+        "BV": _tile(head_dim, 64 if capability else 16),
+        "STAGES": 2,
+        "HOLD": False,
+        "READY": True,
+        "num_warps": 8,
+        "num_stages": 1,
+    }
+
+
 def decode_wide(capability: int, head_dim: int, features: int) -> dict[str, dict[str, int]]:
     """Features a program, sequences a program, and warps, of the kernels of decode_wide_triton and of their reader."""
     tile = 16 if capability == 0 else 32
@@ -96,20 +148,22 @@ def decode_wide(capability: int, head_dim: int, features: int) -> dict[str, dict
 
 
 def window_linear_scan(capability: int, channels: int, width: int, chunk: int, dtype: torch.dtype) -> dict[str, int]:
-    """Value tile, warps and stages of window_linear_scan_triton.scan_kernel."""
+    """Value tile, how masses are summed, warps and stages of window_linear_scan_triton.scan_kernel."""
+    by_dot = capability == 0 or dtype == torch.bfloat16  # float16 has no exponents to spare for gradients
     if capability in range(80, 90) or chunk > 64:
-        return {"BV": _tile(channels, 64), "num_warps": 8, "num_stages": 2}
+        return {"BV": _tile(channels, 64), "BY_DOT": by_dot, "num_warps": 8, "num_stages": 2}
     if width > 64:
-        return {"BV": _tile(channels, 32), "num_warps": 4, "num_stages": 2}
-    return {"BV": _tile(channels, 128 if channels <= 128 else 64), "num_warps": 4, "num_stages": 3 - (channels > 128)}
+        return {"BV": _tile(channels, 32), "BY_DOT": by_dot, "num_warps": 4, "num_stages": 2}
+    most = 128 if channels <= 128 else 64
+    return {"BV": _tile(channels, most), "BY_DOT": by_dot, "num_warps": 4, "num_stages": 2}
 
 
 def window_linear_segments(capability: int, programs: int, blocks: int) -> int:
     """Into how many segments a scan is cut that has `programs` programs without, over `blocks` blocks each."""
     if capability == 0:
         return 1 + (blocks >= 6)  # the interpreter: both ways are tested
-    wanted = 4 * 132 // max(programs, 1)
-    return 1 if programs >= 200 else max(1, min(wanted, blocks // 8, 16))
+    wanted = 2 * 132 // max(programs, 1)  # two programs a multiprocessor, all at once
+    return max(1, min(wanted, blocks // 8, 16))
 
 
 def window_linear_read(capability: int, channels: int, width: int, chunk: int, dtype: torch.dtype) -> dict[str, int]:
@@ -132,9 +186,30 @@ def window_linear_maps(capability: int, channels: int, width: int, chunk: int, d
     return {"num_warps": 8 if large else 4, "num_stages": 1}
 
 
+def window_linear_team(capability: int, programs: int, group: int) -> int:
+    """How many of the `group` query heads that share keys one program serves; `programs` if it serves all.
+
+    On Ampere keys would wait in registers for the next head.
+    """
+    while group > 8 and group % 2 == 0:
+        group //= 2
+    return group if capability == 0 or (capability >= 90 and programs >= 2 * 132) else 1
+
+
+def window_linear_fused_values(capability: int, channels: int) -> bool:
+    """Whether window_linear_far_triton.far_keys_kernel also sums dv; elsewhere registers are too few for both."""
+    return channels <= 128 and capability not in range(80, 90)
+
+
+def window_linear_far(capability: int, channels: int, width: int, chunk: int, dtype: torch.dtype) -> dict[str, int]:
+    """Warps and stages of window_linear_far_triton.far_keys_kernel."""
+    large = chunk > 64 or width > 64 or capability in range(80, 90)
+    return {"num_warps": 8 if large else 4, "num_stages": 1}
+
+
 def window_linear_weights(capability: int, channels: int, width: int, chunk: int, dtype: torch.dtype) -> dict[str, int]:
     """Warps and stages of window_linear_maps_triton.weight_grad_kernel."""
-    return {"num_warps": 4 if channels * width <= 8192 else 8, "num_stages": 3}
+    return {"num_warps": 4 if channels * width <= 8192 else 8, "num_stages": 2}
 
 
 def window_linear_queries(capability: int, channels: int, width: int, chunk: int, dtype: torch.dtype) -> dict[str, int]:
@@ -152,10 +227,8 @@ def window_linear_keys(capability: int, channels: int, width: int, chunk: int, d
 
 
 def window_linear_values(capability: int, channels: int, width: int, chunk: int, dtype: torch.dtype) -> dict[str, int]:
-    """Tiles of channels and queries, warps and stages of window_linear_keys_triton.value_pairs_kernel."""
-    tile = _tile(channels, 64 if width > 64 else 128)
-    warps = 8 if chunk > 64 else 4
-    return {"BN": tile, "BQ": min(chunk, 32), "num_warps": warps, "num_stages": 2}
+    """Tile of channels, warps and stages of window_linear_keys_triton.value_states_kernel."""
+    return {"BN": _tile(channels, 64 if width > 64 else 128), "num_warps": 8 if chunk > 64 else 4, "num_stages": 1}
 
 
 def blend_rows(width: int) -> dict[str, int]:
@@ -201,7 +274,7 @@ def gated_delta_reverse(
 
 def gated_delta_queries(capability: int, features: int, values: int, dtype: torch.dtype) -> dict[str, int]:
     """Tiles, warps and stages of gated_delta_queries_triton.queries_kernel."""
-    return {"BF": _tile(features, 128), "BV": _tile(values, 64), "num_warps": 4, "num_stages": 1}
+    return {"BF": _tile(features, 64), "BV": _tile(values, 64), "num_warps": 4, "num_stages": 1}
 
 
 def gated_delta_keys(capability: int, features: int, values: int, dtype: torch.dtype) -> dict[str, int]:
@@ -216,46 +289,97 @@ def distill_rows(size: int) -> dict[str, int]:
     return {"BLOCK": block, "num_warps": 16 if block >= 8192 else 4 if block >= 512 else 1, "num_stages": 1}
 
 
-def gated_map_chunk(capability: int, values: int, dtype: torch.dtype, *, backward: bool) -> int:
+def gated_map_chunk(capability: int, dtype: torch.dtype) -> int:
     """Tokens between two stored states of gated linear attention with a map inside."""
     if capability == 0:
         return 16
-    return 64 if backward or values > 64 or dtype == torch.float32 else 128
+    return 32 if dtype == torch.float32 else 64
+
+
+def gated_map_slice(capability: int) -> int:
+    """Bytes of features, states and pairs that are held at a time, where one key-value head does not need more."""
+    return 1 << 16 if capability == 0 else 1 << 30
+
+
+def _roomy(capability: int, dtype: torch.dtype) -> bool:
+    """Whether a block has the shared memory of a data centre's Hopper or Blackwell, and products are in bfloat16."""
+    return capability in (90, 100, 103) and dtype == torch.bfloat16
+
+
+def gated_map_features(capability: int, width: int, size: int, dtype: torch.dtype) -> dict[str, int]:
+    """Tiles, warps and stages of gated_map_features_triton.features_kernel."""
+    if capability == 0 or dtype == torch.float32:
+        return {"ROWS": 16 if capability == 0 else 32, "BF": _tile(width, 32), "num_warps": 4, "num_stages": 1}
+    return {"ROWS": 64, "BF": _tile(width, 128), "num_warps": 8, "num_stages": 1}
 
 
 def gated_map_scan(capability: int, features: int, values: int, dtype: torch.dtype) -> dict[str, int]:
-    """Tiles, warps and stages of gated_scan_triton.scan_kernel with a map inside."""
-    return {"BF": _tile(features // 2, 64), "BV": _tile(values, 64), "num_warps": 4, "num_stages": 2}
+    """Tiles, warps and stages of gated_map_scan_triton.map_scan_kernel, and the PROGRAMS that fill a card."""
+    if capability == 0 or dtype == torch.float32:
+        return {"BF": _tile(features, 32), "BV": _tile(values, 64), "PROGRAMS": 264, "num_warps": 4, "num_stages": 1}
+    if not _roomy(capability, dtype):
+        return {"BF": _tile(features, 64), "BV": _tile(values, 64), "PROGRAMS": 264, "num_warps": 4, "num_stages": 2}
+    return {"BF": _tile(features, 64), "BV": _tile(values, 128), "PROGRAMS": 264, "num_warps": 4, "num_stages": 3}
 
 
-def gated_map_out(capability: int, features: int, values: int, dtype: torch.dtype) -> dict[str, int]:
-    """Tiles, warps and stages of gated_map_out_triton.map_out_kernel."""
+def gated_map_out(capability: int, features: int, values: int, readers: int, dtype: torch.dtype) -> dict[str, int]:
+    """Tiles, stacked query heads, warps and stages of gated_map_out_triton.map_out_kernel."""
+    heads = 2 if readers % 2 == 0 and (values > 64 or capability == 0) else 1
+    if not _roomy(capability, dtype):
+        heads = heads if capability == 0 else 1
+        return {"BF": _tile(features, 32), "BV": _tile(values, 64), "HEADS": heads, "num_warps": 8, "num_stages": 1}
+    return {"BF": _tile(features, 64), "BV": _tile(values, 128), "HEADS": heads, "num_warps": 8, "num_stages": 4}
+
+
+def gated_map_scores(capability: int, features: int, values: int, dtype: torch.dtype) -> dict[str, int]:
+    """Feature tile, warps and stages of gated_map_scores_triton.map_scores_kernel."""
+    if capability == 0 or dtype == torch.float32:
+        return {"BF": _tile(features, 32), "num_warps": 8, "num_stages": 1}
+    if not _roomy(capability, dtype):
+        return {"BF": _tile(features, 64), "num_warps": 4, "num_stages": 2}
     if values > 64:
-        return {"BF": _tile(features // 2, 32), "BV": _tile(values, 128), "num_warps": 4, "num_stages": 1}
-    # Blackwell's tensor memory has 512 columns; with tiles of 64 the products would take 544, and Triton 3.7 makes of
-    # the kernel a trap.
-    tile = 32 if capability >= 100 else 64
-    return {"BF": _tile(features // 2, tile), "BV": _tile(values, 64), "num_warps": 8, "num_stages": 1}
+        return {"BF": _tile(features, 64), "num_warps": 4, "num_stages": 4}
+    return {"BF": _tile(features, 128), "num_warps": 4, "num_stages": 3}
 
 
-def gated_map_dq(capability: int, features: int, values: int, dtype: torch.dtype) -> dict[str, int]:
-    """Feature tile, warps and stages of gated_map_dq_triton.map_dq_kernel."""
-    if values > 64:
-        return {"BF": _tile(features // 2, 16), "num_warps": 8, "num_stages": 1}
-    return {"BF": _tile(features // 2, 32), "num_warps": 4, "num_stages": 1}
+def gated_map_dq(capability: int, width: int, values: int, readers: int, dtype: torch.dtype) -> dict[str, int]:
+    """Column tile, tiles of a program, stacked query heads, warps and stages of gated_map_dq_triton.map_dq_kernel."""
+    if capability == 0:
+        heads = 2 if readers % 2 == 0 else 1
+        return {"BF": _tile(width, 32), "SPAN": 2, "HEADS": heads, "num_warps": 4, "num_stages": 1}
+    if not _roomy(capability, dtype) or values > 128:
+        return {"BF": _tile(width, 32), "SPAN": 1, "HEADS": 1, "num_warps": 8, "num_stages": 1}
+    tile = _tile(width, 32 if values > 64 else 64)
+    return {"BF": tile, "SPAN": min(4, -(-width // tile)), "HEADS": 1, "num_warps": 4, "num_stages": 2}
 
 
-def gated_map_dk(capability: int, features: int, values: int, dtype: torch.dtype) -> dict[str, int]:
-    """Feature tile, warps and stages of gated_map_dk_triton.map_dk_kernel."""
-    return {"BF": _tile(features // 2, 32), "num_warps": 8, "num_stages": 1}
+def gated_map_dk(capability: int, width: int, values: int, dtype: torch.dtype) -> dict[str, int]:
+    """Column tile, warps and stages of gated_map_dk_triton.map_dk_kernel."""
+    if not _roomy(capability, dtype) or values > 128:
+        return {"BF": _tile(width, 32), "num_warps": 8, "num_stages": 1}
+    return {"BF": _tile(width, 64), "num_warps": 4, "num_stages": 3}
 
 
 def gated_map_dv(capability: int, features: int, values: int, dtype: torch.dtype) -> dict[str, int]:
-    """Feature tile, warps and stages of gated_map_dv_triton.map_dv_kernel."""
-    return {"BF": _tile(features // 2, 16 if values > 64 else 32), "num_warps": 8, "num_stages": 1}
+    """Tiles, warps and stages of gated_map_dv_triton.map_dv_kernel."""
+    if capability == 0 or dtype == torch.float32:
+        return {"BF": _tile(features, 32), "BV": _tile(values, 64), "num_warps": 4, "num_stages": 1}
+    if not _roomy(capability, dtype):
+        return {"BF": _tile(features, 64), "BV": _tile(values, 64), "num_warps": 4, "num_stages": 2}
+    return {"BF": _tile(features, 64), "BV": _tile(values, 128), "num_warps": 4, "num_stages": 3 + (values <= 64)}
 
 
-def gated_map_weights(capability: int, features: int, values: int, dtype: torch.dtype, *, keys: bool) -> dict[str, int]:
-    """Column tile, warps and stages of the kernels of gated_map_weights_triton, for q's map or for k's."""
-    wide = values <= 64 and not keys
-    return {"BF": _tile(features // 2, 32 if wide else 16), "num_warps": 4 if values <= 64 else 8, "num_stages": 1}
+def gated_map_inputs(capability: int, size: int, width: int, dtype: torch.dtype) -> dict[str, int]:
+    """Tiles, warps and stages of gated_map_weights_triton.input_kernel."""
+    if capability == 0 or dtype == torch.float32:
+        return {"ROWS": 16 if capability == 0 else 64, "BF": _tile(width, 32), "num_warps": 4, "num_stages": 1}
+    return {"ROWS": 128, "BF": _tile(width, 64), "num_warps": 8, "num_stages": 3 if _roomy(capability, dtype) else 2}
+
+
+def gated_map_weights(capability: int, size: int, width: int, dtype: torch.dtype) -> dict[str, int]:
+    """Tiles, warps and stages of gated_map_weights_triton.weight_kernel."""
+    if capability == 0 or dtype == torch.float32:
+        return {"ROWS": 16 if capability == 0 else 32, "BF": _tile(width, 32), "num_warps": 4, "num_stages": 1}
+    if not _roomy(capability, dtype):
+        return {"ROWS": 64, "BF": _tile(width, 128), "num_warps": 8, "num_stages": 2}
+    return {"ROWS": 64, "BF": _tile(width, 128), "num_warps": 4, "num_stages": 3}

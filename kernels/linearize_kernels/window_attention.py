@@ -54,13 +54,13 @@ def window_attention(
     )  # fmt: skip
     if pick(backend, q, k, v, unable=plan.unable(q.dtype, k.dtype, v.dtype)) == "torch":
         return _torch(q, k, v, window, scale, sinks, cu_seqlens, starts)
-    from .window_linear_ops import LN2, window_linear_op
+    from .window_linear_ops import LN2, window_linear_call
 
     sequences, blocks = tables_of(q, window, cu_seqlens, starts)
     sink_k, sink_v = (first_tokens(x, sinks, sequences) if sinks else None for x in (k, v))
-    out, peak, *_ = window_linear_op(
+    out, peak, *_ = window_linear_call(
         q, k, v, None, None, None, None, None, None, None, sink_k, sink_v, None, sequences, blocks,
-        q.shape[1], "none", window, 2, "sum", False, float(scale), 1.0, sinks, False, False,
+        q.shape[1], "none", window, 2, "sum", False, float(scale), 1.0, sinks, False, False, False,
     )  # fmt: skip
     return out, peak * LN2
 

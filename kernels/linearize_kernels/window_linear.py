@@ -131,16 +131,18 @@ def window_linear(
             window_weight, sinks, cu_seqlens, starts, state, state_heads,
         )  # fmt: skip
         return (out, final.detach()) if return_state else out
-    from .window_linear_ops import window_linear_op
+    from .window_linear_ops import window_linear_call
 
     sequences, blocks = tables_of(q, plan.chunk, cu_seqlens, starts)
     sink_k = sink_v = None
     if sinks and window:
         sink_k, sink_v = (first_tokens(x, sinks, sequences) for x in (k, v))
-    found = window_linear_op(
+    leaves = (q, k, v, q_weight, k_weight, q_bias, k_bias, fq, fk, near)
+    wanted = torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in leaves)
+    found = window_linear_call(
         q, k, v, q_weight, k_weight, q_bias, k_bias, fq, fk, near, sink_k, sink_v, state, sequences, blocks,
         state_heads, map, window, lag, mix, own, float(scale), float(window_weight), sinks if window else 0,
-        return_state, maps_only,
+        return_state, wanted, maps_only,
     )  # fmt: skip
     return (found[0], found[3]) if return_state else found[0]
 

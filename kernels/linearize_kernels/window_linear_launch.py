@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import lru_cache
 
 import torch
 
 from . import tuning
 from .backend import empty
-from .window_linear_keys_triton import key_pairs_kernel, value_pairs_kernel
+from .compiled import Found, start
+from .window_linear_far_triton import far_keys_kernel
+from .window_linear_keys_triton import key_pairs_kernel, value_states_kernel
 from .window_linear_maps_triton import key_maps_kernel, query_maps_kernel, weight_grad_kernel
 from .window_linear_plan import Plan, cover
 from .window_linear_queries_triton import query_pairs_kernel
@@ -41,6 +44,8 @@ class Inputs:
     first: Maybe
     sequences: Maybe
     blocks: Maybe
+    found: Found | None = None
+    """Machine code of the kernels for such inputs."""
 
     @property
     def count(self) -> int:
@@ -58,13 +63,20 @@ def grid_blocks(plan: Plan, x: Inputs) -> int:
     return plan.batch * plan.blocks if x.blocks is None else x.blocks.shape[0]
 
 
+def even(plan: Plan, x: Inputs) -> bool:
+    """Whether every sequence has whole blocks: then all rows of a tile are there, or none."""
+    return x.blocks is None and plan.tokens % plan.chunk == 0
+
+
+@lru_cache(256)
 def sizes(plan: Plan) -> dict[str, int]:
-    """The constants that every kernel takes."""
+    """The constants that every kernel takes; not to be changed."""
     return {"D": plan.channels, "BD": cover(plan.channels), "C": plan.chunk}
 
 
+@lru_cache(256)
 def features_of(plan: Plan) -> dict[str, int]:
-    """The constants of a kernel that makes features."""
+    """The constants of a kernel that makes features; not to be changed."""
     return {"F": plan.width or 16, "BF": plan.tile, "PARTS": plan.parts, "MAP": MAP_CODES[plan.map]}
 
 
@@ -72,6 +84,12 @@ def tuned(plan: Plan, x: torch.Tensor, name: str) -> dict[str, int]:
     """This op's row of the tuning table."""
     look_up = getattr(tuning, f"window_linear_{name}")
     found: dict[str, int] = look_up(tuning.capability(x.device), plan.channels, plan.tile, plan.chunk, x.dtype)
+    return found
+
+
+def team_of(plan: Plan, x: Inputs, group: int) -> int:
+    """Heads of one program, of `group` that read the same keys."""
+    found: int = tuning.window_linear_team(tuning.capability(x.q.device), grid_blocks(plan, x) * plan.key_heads, group)
     return found
 
 
@@ -94,7 +112,9 @@ def scan(
     device, single = x.q.device, torch.float32
     states = empty((grid_blocks(plan, x), *shape), dtype=x.q.dtype, device=device)
     masses = empty((grid_blocks(plan, x), *shape[:2], plan.tile), dtype=single, device=device)
-    ends = [empty((x.count, *size), dtype=single, device=device) for size in (shape, (*shape[:2], plan.tile))]
+    ends: tuple[Maybe, ...] = (None, None)
+    if last:
+        ends = tuple(empty((x.count, *size), dtype=single, device=device) for size in (shape, (*shape[:2], plan.tile)))
     first = first_mass = None
     if x.first is not None and not backwards:
         first, first_mass = _unpacked(plan, x.first)
@@ -102,23 +122,27 @@ def scan(
     segments = tuning.window_linear_segments(tuning.capability(device), programs, plan.blocks)
     each = -(-(plan.blocks + 1) // segments)
     # In one segment they are never read, but Triton 3.6 compiles the loop over none all the same.
-    held = x.count * segments if segments > 1 else 0
-    parts = [empty((held, *size), dtype=single, device=device) for size in (shape, (*shape[:2], plan.tile))]
+    parts: tuple[torch.Tensor, ...] = (masses, masses)
+    if segments > 1:
+        held = x.count * segments
+        parts = tuple(empty((held, *size), dtype=single, device=device) for size in (shape, (*shape[:2], plan.tile)))
     for totals in (True, False) if segments > 1 else (False,):
-        scan_kernel[(programs * segments,)](
+        start(x.found, scan_kernel, programs * (segments - totals), (
             source, written, weight, bias, row_scale, row_mass,
             None if totals else first, None if totals else first_mass, *parts,
-            states, masses, *(ends if last and not totals else (None, None)), x.sequences,
+            states, masses, *((None, None) if totals else ends), x.sequences,
             *strides(source), *strides(written),
             plan.tokens, plan.blocks, segments, each, plan.state_heads, plan.heads,
             0 if backwards or plan.lag == 1 else plan.sinks,
-            **sizes(plan), **features_of(plan), LAG=plan.lag,
-            SHARING=1 if own_heads else plan.state_heads // plan.key_heads,
-            V_SHARING=plan.state_heads // plan.key_heads, GROUP=group,
-            BACKWARDS=backwards, TOTALS=totals, FIRST=first is not None and not totals, LAST=last and not totals,
-            TABLE=x.sequences is not None, **table,
-        )  # fmt: skip
-    return states, masses, *(ends if last else (None, None))
+        ), {
+            **sizes(plan), **features_of(plan), "LAG": plan.lag,
+            "SHARING": 1 if own_heads else plan.state_heads // plan.key_heads,
+            "V_SHARING": plan.state_heads // plan.key_heads, "GROUP": group,
+            "BACKWARDS": backwards, "TOTALS": totals, "FIRST": first is not None and not totals,
+            "LAST": last and not totals, "EVEN": even(plan, x) and not plan.sinks, "TABLE": x.sequences is not None,
+            **table,
+        })  # fmt: skip
+    return states, masses, ends[0], ends[1]
 
 
 def read(plan: Plan, x: Inputs, states: Maybe, masses: Maybe) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
@@ -132,16 +156,18 @@ def read(plan: Plan, x: Inputs, states: Maybe, masses: Maybe) -> tuple[torch.Ten
     peak, total = (empty(rows, dtype=torch.float32, device=x.q.device) for _ in range(2))
     table = tuned(plan, x.q, "read")
     slices = -(-plan.channels // table["BV"])
-    read_kernel[(grid_blocks(plan, x) * plan.heads * slices,)](
+    team = team_of(plan, x, plan.heads // plan.key_heads)
+    start(x.found, read_kernel, grid_blocks(plan, x) * plan.heads // team * slices, (
         x.q, x.k, x.v, x.xq, x.xk, x.q_weight, x.q_bias, x.k_weight, x.k_bias,
         states, masses, x.near, x.sink_k, x.sink_v, out, peak, total, x.blocks,
         *strides(x.q), *strides(x.k), *strides(x.v), *strides(x.xq), *strides(x.xk), *_near_strides(x),
         out.stride(0), out.stride(1), *strides(x.sink_k), *strides(x.sink_v),
         plan.tokens, plan.blocks, plan.heads, plan.scale * LOG2E.value, plan.window_weight, plan.sinks,
-        **sizes(plan), **features_of(plan), LAG=plan.lag, WINDOW=plan.window > 0, MIX=MIX_CODES[plan.mix],
-        OWN=plan.own, KEYS=plan.heads // plan.key_heads, STATES=plan.heads // plan.state_heads,
-        BZ=cover(plan.sinks) if plan.sinks else 0, TABLE=x.blocks is not None, **table,
-    )  # fmt: skip
+    ), {
+        **sizes(plan), **features_of(plan), "LAG": plan.lag, "WINDOW": plan.window > 0, "MIX": MIX_CODES[plan.mix],
+        "OWN": plan.own, "KEYS": plan.heads // plan.key_heads, "STATES": plan.heads // plan.state_heads,
+        "BZ": cover(plan.sinks) if plan.sinks else 0, "TEAM": team, "TABLE": x.blocks is not None, **table,
+    })  # fmt: skip
     return out.transpose(1, 2), peak, total
 
 
@@ -151,18 +177,20 @@ def query_maps(
 ) -> dict[str, torch.Tensor]:  # fmt: skip
     """What query_maps_kernel writes: dy [B, H, T, F] and the rows' numbers [B, H, T], by name."""
     rows = (plan.batch, plan.heads, plan.tokens)
-    fresh = {name: _gradient(plan, x, rows, torch.float32) for name in ("scale", "mass", "row", "shift")}
+    names = ("scale", "mass", "row", "shift")
+    fresh = dict(zip(names, _gradient(plan, x, (len(names), *rows), torch.float32).unbind(0)))
     made = _gradient(plan, x, (*rows, plan.width), x.q.dtype)
     laid = out.transpose(1, 2)
-    query_maps_kernel[(grid_blocks(plan, x) * plan.heads,)](
+    start(x.found, query_maps_kernel, grid_blocks(plan, x) * plan.heads, (
         x.xq, x.xk, x.v, grad, laid, x.q_weight, x.q_bias, x.k_weight, x.k_bias, states, masses, x.near, peak, total,
         made, fresh["scale"], fresh["mass"], fresh["row"], fresh["shift"], x.blocks,
         *strides(x.xq), *strides(x.xk), *strides(x.v), *strides(grad), laid.stride(0), laid.stride(1),
         *_near_strides(x), plan.tokens, plan.blocks, plan.heads, plan.window_weight,
-        **sizes(plan), **features_of(plan), LAG=plan.lag, WINDOW=plan.window > 0, MIX=MIX_CODES[plan.mix],
-        OWN=plan.own, KEYS=plan.heads // plan.key_heads, STATES=plan.heads // plan.state_heads, ALONE=alone,
-        TABLE=x.blocks is not None, **tuned(plan, x.q, "maps"),
-    )  # fmt: skip
+    ), {
+        **sizes(plan), **features_of(plan), "LAG": plan.lag, "WINDOW": plan.window > 0, "MIX": MIX_CODES[plan.mix],
+        "OWN": plan.own, "KEYS": plan.heads // plan.key_heads, "STATES": plan.heads // plan.state_heads, "ALONE": alone,
+        "EVEN": even(plan, x), "TABLE": x.blocks is not None, **tuned(plan, x.q, "maps"),
+    })  # fmt: skip
     return fresh | {"dy": made}
 
 
@@ -172,14 +200,33 @@ def key_maps(
 ) -> torch.Tensor:  # fmt: skip
     """dy of the keys [B, S, T, F], from the gradients of the states."""
     made = _gradient(plan, x, (plan.batch, plan.state_heads, plan.tokens, plan.width), x.q.dtype)
-    key_maps_kernel[(grid_blocks(plan, x) * plan.state_heads,)](
+    start(x.found, key_maps_kernel, grid_blocks(plan, x) * plan.state_heads, (
         x.xq, x.xk, x.v, grad, x.q_weight, x.q_bias, x.k_weight, x.k_bias, states, masses, rows["scale"], rows["mass"],
         made, x.blocks, *strides(x.xq), *strides(x.xk), *strides(x.v), *strides(grad),
         plan.tokens, plan.blocks, plan.state_heads, plan.sinks if plan.lag == 2 else 0,
-        **sizes(plan), **features_of(plan), LAG=plan.lag, SHARING=plan.state_heads // plan.key_heads,
-        STATES=plan.heads // plan.state_heads, TABLE=x.blocks is not None, **tuned(plan, x.q, "maps"),
-    )  # fmt: skip
+    ), {
+        **sizes(plan), **features_of(plan), "LAG": plan.lag, "SHARING": plan.state_heads // plan.key_heads,
+        "STATES": plan.heads // plan.state_heads, "TABLE": x.blocks is not None, **tuned(plan, x.q, "maps"),
+    })  # fmt: skip
     return made
+
+
+def far_keys(
+    plan: Plan, x: Inputs, states: torch.Tensor, masses: torch.Tensor, *, values: bool
+) -> tuple[torch.Tensor, Maybe]:  # fmt: skip
+    """dy of the keys [B, S, T, F] and, with `values`, the linear branch's part of dv [B, T, HK, D]; lag 2 alone."""
+    made = _gradient(plan, x, (plan.batch, plan.state_heads, plan.tokens, plan.width), x.q.dtype)
+    sharing = plan.state_heads // plan.key_heads
+    team = sharing if values else team_of(plan, x, sharing)
+    dv = _heads_last(plan, x, plan.key_heads) if values else None
+    start(x.found, far_keys_kernel, grid_blocks(plan, x) * plan.state_heads // team, (
+        x.xk, x.v, x.k_weight, x.k_bias, states, masses, made, dv, x.blocks, *strides(x.xk), *strides(x.v),
+        *((0, 0) if dv is None else dv.stride()[:2]), plan.tokens, plan.blocks, plan.state_heads, plan.sinks,
+    ), {
+        **sizes(plan), **features_of(plan), "SHARING": sharing, "TEAM": team, "VALUES": values,
+        "EVEN": even(plan, x), "TABLE": x.blocks is not None, **tuned(plan, x.q, "far"),
+    })  # fmt: skip
+    return made, dv
 
 
 def weight_grads(
@@ -194,11 +241,12 @@ def weight_grads(
     grads = empty((pieces, heads, plan.channels, plan.width), dtype=torch.float32, device=device)
     sums = None if bias is None else empty((pieces, heads, plan.width), dtype=torch.float32, device=device)
     sized = {name: value for name, value in features_of(plan).items() if name in ("F", "BF")}
-    weight_grad_kernel[(pieces * heads,)](
+    start(x.found, weight_grad_kernel, pieces * heads, (
         source, made, grads, sums, x.blocks, *strides(source), plan.tokens, plan.blocks, heads, count, each,
-        **sizes(plan), **sized, SHARING=heads // source.shape[1], TABLE=x.blocks is not None,
+    ), {
+        **sizes(plan), **sized, "SHARING": heads // source.shape[1], "TABLE": x.blocks is not None,
         **tuned(plan, x.q, "weights"),
-    )  # fmt: skip
+    }, tag="queries" if source is x.xq else "keys")  # fmt: skip
     return grads.sum(0), None if sums is None else sums.sum(0)
 
 
@@ -217,47 +265,54 @@ def query_pairs(
     table = tuned(plan, x.q, "queries")
     slices = -(-plan.channels // table["BN"])
     codes = {name: value for name, value in features_of(plan).items() if name != "PARTS"}
-    query_pairs_kernel[(grid_blocks(plan, x) * plan.heads * slices,)](
+    team = team_of(plan, x, plan.heads // plan.key_heads)
+    start(x.found, query_pairs_kernel, grid_blocks(plan, x) * plan.heads // team * slices, (
         x.q, x.k, x.v, grad, rows.get("dy"), x.q_weight, x.near, x.sink_k, x.sink_v,
         peak, d_peak, rows.get("row"), rows["shift"], rows["pick"], rows.get("far"), rows["level"], dq, x.blocks,
         *strides(x.q), *strides(x.k), *strides(x.v), *strides(grad), *_near_strides(x), dq.stride(0), dq.stride(1),
         *strides(x.sink_k), *strides(x.sink_v),
         plan.tokens, plan.blocks, plan.heads, plan.scale * LOG2E.value, plan.window_weight, plan.sinks,
-        **sizes(plan), **codes, WINDOW=plan.window > 0, MIX=MIX_CODES[plan.mix], KEYS=plan.heads // plan.key_heads,
-        BZ=cover(plan.sinks) if plan.sinks else 0, TABLE=x.blocks is not None, **table,
-    )  # fmt: skip
+    ), {
+        **sizes(plan), **codes, "WINDOW": plan.window > 0, "MIX": MIX_CODES[plan.mix],
+        "KEYS": plan.heads // plan.key_heads, "BZ": cover(plan.sinks) if plan.sinks else 0,
+        "TEAM": team, "EVEN": even(plan, x) and plan.mix != "shared", "TABLE": x.blocks is not None, **table,
+    })  # fmt: skip
     if plan.mix == "shared" and "far" in rows:
         rows["row"] = rows["far"]
     return dq.transpose(1, 2), rows
 
 
 def key_pairs(
-    plan: Plan, x: Inputs, grad: torch.Tensor, states: Maybe, made: Maybe, rows: dict[str, torch.Tensor]
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """dk and dv [B, HK, T, D]; `states` are the gradients of the states, `made` the keys' dy."""
-    dk, dv = (_heads_last(plan, x, plan.key_heads) for _ in range(2))
+    plan: Plan, x: Inputs, grad: torch.Tensor, states: Maybe, made: Maybe, rows: dict[str, torch.Tensor],
+    dv: Maybe = None,
+) -> tuple[torch.Tensor, torch.Tensor]:  # fmt: skip
+    """dk and dv [B, HK, T, D]; `states` are the gradients of the states, `made` the keys' dy, dv what far_keys gave."""
+    dk = _heads_last(plan, x, plan.key_heads)
     codes, states_each = features_of(plan), plan.heads // plan.state_heads
     shared = sizes(plan) | {
-        "WINDOW": plan.window > 0, "KEYS": plan.heads // plan.key_heads, "STATES": states_each,
-        "TABLE": x.blocks is not None,
+        "KEYS": plan.heads // plan.key_heads, "STATES": states_each, "TABLE": x.blocks is not None,
     }  # fmt: skip
-    ends = (dk.stride(0), dk.stride(1), plan.tokens, plan.blocks, plan.key_heads, plan.scale * LOG2E.value)
-    table = tuned(plan, x.q, "values")
-    slices = -(-plan.channels // table["BN"])
-    value_pairs_kernel[(grid_blocks(plan, x) * plan.key_heads * slices,)](
-        x.q, x.k, x.xq, x.xk, grad, x.q_weight, x.q_bias, x.k_weight, x.k_bias,
-        states, rows.get("level"), rows.get("scale"), dv, x.blocks,
-        *strides(x.q), *strides(x.k), *strides(x.xq), *strides(x.xk), *strides(grad), *ends,
-        plan.sinks if plan.lag == 2 else 0, **shared, **codes, LAG=plan.lag, **table,
-    )  # fmt: skip
+    ends = (dk.stride(0), dk.stride(1), plan.tokens, plan.blocks, plan.key_heads)
+    if dv is None:
+        dv = _heads_last(plan, x, plan.key_heads)
+        if plan.map != "none":
+            table = tuned(plan, x.q, "values")
+            slices = -(-plan.channels // table["BN"])
+            start(x.found, value_states_kernel, grid_blocks(plan, x) * plan.key_heads * slices, (
+                x.k, x.xq, x.xk, grad, x.q_weight, x.q_bias, x.k_weight, x.k_bias, states, rows.get("scale"), dv,
+                x.blocks, *strides(x.k), *strides(x.xq), *strides(x.xk), *strides(grad), *ends,
+                plan.sinks if plan.lag == 2 else 0,
+            ), {**shared, **codes, "LAG": plan.lag, **table})  # fmt: skip
     table = tuned(plan, x.q, "keys")
     slices = -(-plan.channels // table["BN"])
-    key_pairs_kernel[(grid_blocks(plan, x) * plan.key_heads * slices,)](
+    start(x.found, key_pairs_kernel, grid_blocks(plan, x) * plan.key_heads * slices, (
         x.q, x.k, x.v, grad, made, x.k_weight,
-        rows.get("level"), rows.get("row"), rows.get("shift"), rows.get("pick"), dk, x.blocks,
-        *strides(x.q), *strides(x.k), *strides(x.v), *strides(grad), *ends,
-        **shared, **{name: codes[name] for name in ("F", "BF", "MAP")}, MIX=MIX_CODES[plan.mix], **table,
-    )  # fmt: skip
+        rows.get("level"), rows.get("row"), rows.get("shift"), rows.get("pick"), dk, dv, x.blocks,
+        *strides(x.q), *strides(x.k), *strides(x.v), *strides(grad), *ends, plan.scale * LOG2E.value,
+    ), {
+        **shared, **{name: codes[name] for name in ("F", "BF", "MAP")}, "WINDOW": plan.window > 0,
+        "MIX": MIX_CODES[plan.mix], "EVEN": even(plan, x), **table,
+    })  # fmt: skip
     return dk.transpose(1, 2), dv.transpose(1, 2)
 
 
@@ -273,13 +328,14 @@ def sink_pairs(
     assert x.sink_k is not None
     table = tuned(plan, x.q, "queries")
     slices = -(-plan.channels // table["BN"])
-    sink_pairs_kernel[(x.count * pieces * plan.heads * slices,)](
+    start(x.found, sink_pairs_kernel, x.count * pieces * plan.heads * slices, (
         x.q, grad, x.sink_k, x.sink_v, rows["level"], rows.get("row"), rows["shift"], rows["pick"], dk, dv, x.sequences,
         *strides(x.q), *strides(grad), *strides(x.sink_k), *strides(x.sink_v),
         plan.tokens, plan.heads, pieces, each, plan.scale * LOG2E.value, plan.sinks,
-        **sizes(plan), MAP=MAP_CODES[plan.map], MIX=MIX_CODES[plan.mix], KEYS=plan.heads // plan.key_heads, BZ=rows_z,
-        TABLE=x.sequences is not None, **table,
-    )  # fmt: skip
+    ), {
+        **sizes(plan), "MAP": MAP_CODES[plan.map], "MIX": MIX_CODES[plan.mix],
+        "KEYS": plan.heads // plan.key_heads, "BZ": rows_z, "TABLE": x.sequences is not None, **table,
+    })  # fmt: skip
     summed = (y.sum(1).unflatten(1, (plan.key_heads, -1)).sum(2)[:, :, : plan.sinks] for y in (dk, dv))
     return tuple(summed)  # type: ignore[return-value]
 

@@ -59,34 +59,58 @@ def projected(
 
 
 @triton.jit
-def part_features(
-    y, base, live, stride, PART: tl.constexpr, F: tl.constexpr, BF: tl.constexpr, C: tl.constexpr, MAP: tl.constexpr
+def numbered_features(
+    y, base, live, stride, part, F: tl.constexpr, BF: tl.constexpr, C: tl.constexpr, MAP: tl.constexpr
 ):  # fmt: skip
-    """Part 0 or 1 of the features, float32: of y, or as the caller gave them."""
+    """The features of part number `part`, which may be known as late as in a loop."""
     if MAP == PRECOMPUTED:
-        phi = load_part(base, live, stride, PART, F, BF, C).to(tl.float32)
-    elif PART == 0:
-        phi = features(y, MAP, F, BF, 1)
+        column = part * BF + tl.arange(0, BF)
+        at = base + tl.arange(0, C)[:, None] * stride + column[None, :]
+        phi = tl.load(at, mask=live[:, None] & (column < F)[None, :], other=0.0).to(tl.float32)
     else:
-        phi = features(-y, MAP, F, BF, 1)
+        phi = features(y * (1.0 - 2.0 * part), MAP, F, BF, 1)
     return phi
 
 
 @triton.jit
 def query_part(
-    y, yk, do, pairs, causal, x_base, xk_base, states_ptr, masses_ptr, at, live, s_xqt, s_xkt,
-    PART: tl.constexpr, D: tl.constexpr, BD: tl.constexpr, F: tl.constexpr, BF: tl.constexpr, C: tl.constexpr,
+    y, yk, do, pairs, causal, x_base, xk_base, states_ptr, masses_ptr, at, live, s_xqt, s_xkt, part,
+    D: tl.constexpr, BD: tl.constexpr, F: tl.constexpr, BF: tl.constexpr, C: tl.constexpr,
     MAP: tl.constexpr, LAG: tl.constexpr,
 ):  # fmt: skip
     """One part of phi(q), of S do, and of the keys' sum up to each row, which e multiplies."""
-    phi = part_features(y, x_base, live, s_xqt, PART, F, BF, C, MAP)
-    du, mass = against_states(do, states_ptr, masses_ptr, at + PART, D, BD, BF)
+    du, mass = against_states(do, states_ptr, masses_ptr, at + part, D, BD, BF)
+    phi = numbered_features(y, x_base, live, s_xqt, part, F, BF, C, MAP)
     below = mass[None, :]
     if LAG == 1:
-        keys = part_features(yk, xk_base, live, s_xkt, PART, F, BF, C, MAP).to(pairs.dtype)
+        keys = numbered_features(yk, xk_base, live, s_xkt, part, F, BF, C, MAP).to(pairs.dtype)
         du = tl.dot(pairs, keys, du, input_precision="ieee")
         below = tl.dot(causal.to(pairs.dtype), keys, tl.zeros([C, BF], tl.float32) + below, input_precision="ieee")
     return phi, du, below
+
+
+@triton.jit
+def query_gradient(
+    r, dy, factor, weigh, y, yk, do, pairs, causal, x_base, xk_base, states_ptr, masses_ptr, dy_base, at, live, s_xqt,
+    s_xkt, part,
+    D: tl.constexpr, BD: tl.constexpr, F: tl.constexpr, BF: tl.constexpr, C: tl.constexpr,
+    MAP: tl.constexpr, LAG: tl.constexpr,
+):  # fmt: skip
+    """Add one part to r [C] and dy [C, BF]; gradients of features that the caller gave are stored."""
+    phi, du, below = query_part(
+        y, yk, do, pairs, causal, x_base, xk_base, states_ptr, masses_ptr, at, live, s_xqt, s_xkt, part,
+        D, BD, F, BF, C, MAP, LAG,
+    )  # fmt: skip
+    dphi = factor[:, None] * (du - weigh[:, None] * below)
+    r -= tl.sum(phi * dphi, 1)
+    if MAP == PRECOMPUTED:
+        column = part * BF + tl.arange(0, BF)
+        to = dy_base + tl.arange(0, C)[:, None] * F + column[None, :]
+        tl.store(to, dphi.to(dy_base.dtype.element_ty), mask=live[:, None] & (column < F)[None, :])
+    else:
+        side = 1.0 - 2.0 * part
+        dy += side * features_backward(y * side, phi, dphi, MAP)
+    return r, dy
 
 
 @triton.jit(do_not_specialize=["T", "BLOCKS"])
@@ -98,12 +122,13 @@ def query_maps_kernel(
     T, BLOCKS, HEADS, window_weight,
     D: tl.constexpr, BD: tl.constexpr, F: tl.constexpr, BF: tl.constexpr, PARTS: tl.constexpr,
     C: tl.constexpr, MAP: tl.constexpr, LAG: tl.constexpr, WINDOW: tl.constexpr, MIX: tl.constexpr, OWN: tl.constexpr,
-    KEYS: tl.constexpr, STATES: tl.constexpr, ALONE: tl.constexpr, TABLE: tl.constexpr,
+    KEYS: tl.constexpr, STATES: tl.constexpr, ALONE: tl.constexpr, EVEN: tl.constexpr, TABLE: tl.constexpr,
 ):  # fmt: skip
     """One program: a block of queries of one head. Writes dy [B, H, T, F] and, for each row,
 
     row_scale = d, row_mass = d e (what the state's gradient needs), shift = do.o (shared denominator), and in row:
     r (shared), the gradient of the gate or mass (ALONE: no window kernel follows), else do.o of the linear branch.
+    EVEN: every sequence has whole blocks.
     """
     index = tl.program_id(0)
     head = index % HEADS
@@ -113,7 +138,10 @@ def query_maps_kernel(
         return
     token = tl.arange(0, C)
     start = low + number * C
-    live = start + token < high
+    if EVEN:
+        live = tl.zeros([C], tl.int32) + start < high
+    else:
+        live = start + token < high
     wide = head.to(tl.int64)
     first_t = start.to(tl.int64)
     key_head = (head // KEYS).to(tl.int64)
@@ -155,13 +183,21 @@ def query_maps_kernel(
         near_at = row * s_nb + wide * s_nh + (start + token) * s_nt
         peak = tl.load(peak_ptr + at_row, mask=live, other=0.0)
         share = window_share(peak, near_ptr, near_at, live, window_weight, MIX)
-        got = tl.zeros([C], tl.float32)
-        for part in tl.static_range(PARTS):
-            phi, du, below = query_part(
-                y, yk, do, pairs, causal, x_base, xk_base, states_ptr, masses_ptr, at, live, s_xqt, s_xkt,
-                part, D, BD, F, BF, C, MAP, LAG,
-            )  # fmt: skip
-            got += tl.sum(phi * du, 1)  # do . (sum of linear weights times values)
+        got = tl.zeros([C], tl.float32)  # do . (sum of linear weights times values)
+        if LAG == 2:
+            for part in tl.range(0, PARTS, num_stages=1, disable_licm=True):
+                phi, du, _keys = query_part(
+                    y, yk, do, pairs, causal, x_base, xk_base, states_ptr, masses_ptr, at, live, s_xqt, s_xkt, part,
+                    D, BD, F, BF, C, MAP, LAG,
+                )  # fmt: skip
+                got += tl.sum(phi * du, 1)
+        else:
+            for part in tl.static_range(PARTS):
+                phi, du, _keys = query_part(
+                    y, yk, do, pairs, causal, x_base, xk_base, states_ptr, masses_ptr, at, live, s_xqt, s_xkt, part,
+                    D, BD, F, BF, C, MAP, LAG,
+                )  # fmt: skip
+                got += tl.sum(phi * du, 1)
         if OWN:
             inverse = tl.where(total > TINY, 1.0 / total, 0.0)
             factor = (1.0 - share) * inverse
@@ -182,19 +218,18 @@ def query_maps_kernel(
     r = tl.zeros([C], tl.float32)
     dy = tl.zeros([C, BF], tl.float32)
     dy_base = dy_ptr + ((row * HEADS + wide) * T + first_t) * F
-    for part in tl.static_range(PARTS):
-        phi, du, below = query_part(
-            y, yk, do, pairs, causal, x_base, xk_base, states_ptr, masses_ptr, at, live, s_xqt, s_xkt,
-            part, D, BD, F, BF, C, MAP, LAG,
-        )  # fmt: skip
-        dphi = factor[:, None] * (du - weigh[:, None] * below)
-        r -= tl.sum(phi * dphi, 1)
-        if MAP == PRECOMPUTED:
-            store_rows(dy_base + part * BF, dphi, live, F, F - BF if part == 1 else min(F, BF), BF, C)
-        elif part == 0:
-            dy += features_backward(y, phi, dphi, MAP)
-        else:
-            dy -= features_backward(-y, phi, dphi, MAP)
+    if LAG == 2:  # a loop takes fewer registers; `pairs` would have to outlive it, which ptxas before 13.4 gets wrong
+        for part in tl.range(0, PARTS, num_stages=1, disable_licm=True):
+            r, dy = query_gradient(
+                r, dy, factor, weigh, y, yk, do, pairs, causal, x_base, xk_base, states_ptr, masses_ptr, dy_base, at,
+                live, s_xqt, s_xkt, part, D, BD, F, BF, C, MAP, LAG,
+            )  # fmt: skip
+    else:
+        for part in tl.static_range(PARTS):
+            r, dy = query_gradient(
+                r, dy, factor, weigh, y, yk, do, pairs, causal, x_base, xk_base, states_ptr, masses_ptr, dy_base, at,
+                live, s_xqt, s_xkt, part, D, BD, F, BF, C, MAP, LAG,
+            )  # fmt: skip
     if WINDOW and MIX == SHARED:
         tl.store(row_ptr + at_row, r, mask=live)
     if MAP != PRECOMPUTED:

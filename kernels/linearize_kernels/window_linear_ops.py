@@ -9,7 +9,9 @@ from typing import Any
 
 import torch
 
+from . import tuning
 from . import window_linear_launch as launch
+from .compiled import found_for
 from .window_linear_plan import PROJECTED, Plan
 
 LN2 = launch.LN2
@@ -44,7 +46,9 @@ def _dense(x: torch.Tensor) -> torch.Tensor:
     return x if x.stride(-1) == 1 else x.contiguous()
 
 
-def _inputs(plan: Plan, tensors: dict[str, Maybe], first: Maybe, sequences: Maybe, blocks: Maybe) -> launch.Inputs:
+def _inputs(
+    plan: Plan, tensors: dict[str, Maybe], first: Maybe, sequences: Maybe, blocks: Maybe, *gradients: Maybe
+) -> launch.Inputs:
     def kept(name: str, dtype: torch.dtype | None = None, whole: bool = False) -> Maybe:
         x = tensors[name]
         if x is None:
@@ -58,24 +62,24 @@ def _inputs(plan: Plan, tensors: dict[str, Maybe], first: Maybe, sequences: Mayb
     xq, xk = (kept("fq", q.dtype), kept("fk", q.dtype)) if given else (q, k)
     assert xq is not None and xk is not None
     near = tensors["near"]
-    return launch.Inputs(
-        q=q, k=k, v=v, xq=xq, xk=xk,
-        q_weight=kept("q_weight", q.dtype, True), k_weight=kept("k_weight", q.dtype, True),
-        q_bias=kept("q_bias", torch.float32, True), k_bias=kept("k_bias", torch.float32, True),
-        near=None if near is None else near.float(), sink_k=kept("sink_k"), sink_v=kept("sink_v"), first=first,
-        sequences=sequences, blocks=blocks,
-    )  # fmt: skip
+    own: dict[str, Any] = {
+        "q": q, "k": k, "v": v, "xq": xq, "xk": xk,
+        "q_weight": kept("q_weight", q.dtype, True), "k_weight": kept("k_weight", q.dtype, True),
+        "q_bias": kept("q_bias", torch.float32, True), "k_bias": kept("k_bias", torch.float32, True),
+        "near": None if near is None else near.float(), "sink_k": kept("sink_k"), "sink_v": kept("sink_v"),
+        "first": first, "sequences": sequences, "blocks": blocks,
+    }  # fmt: skip
+    return launch.Inputs(**own, found=found_for(plan, *own.values(), *gradients))
 
 
-@torch.library.custom_op("linearize::window_linear", mutates_args=())
-def window_linear_op(
+def forward(
     q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, q_weight: torch.Tensor | None, k_weight: torch.Tensor | None,
     q_bias: torch.Tensor | None, k_bias: torch.Tensor | None, fq: torch.Tensor | None, fk: torch.Tensor | None,
     near: torch.Tensor | None, sink_k: torch.Tensor | None, sink_v: torch.Tensor | None, first: torch.Tensor | None,
     sequences: torch.Tensor | None, blocks: torch.Tensor | None, state_heads: int, map: str, window: int, lag: int,
-    mix: str, own: bool, scale: float, window_weight: float, sinks: int, last: bool, maps_only: bool,
+    mix: str, own: bool, scale: float, window_weight: float, sinks: int, last: bool, keep: bool, maps_only: bool,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:  # fmt: skip
-    """out, peak, total, final state, states, masses; empty where they were not asked for."""
+    """out, peak, total, final state, states, masses; empty where they were not asked for (`last`, `keep`)."""
     plan = make_plan(q, k, k_weight, fk, state_heads, map, window, lag, mix, own, scale, window_weight, sinks)
     x = _inputs(plan, dict(zip(GIVEN, _given(locals()))), first, sequences, blocks)
     states = masses = None
@@ -85,7 +89,7 @@ def window_linear_op(
         if last_state is not None and last_mass is not None:
             final = launch.packed_state(plan, last_state, last_mass)
     out, peak, total = launch.read(plan, x, states, masses)
-    if not maps_only or states is None or masses is None:
+    if not keep or states is None or masses is None:
         states, masses = q.new_empty(0), q.new_empty(0, dtype=torch.float32)
     return out, peak, total, final, states, masses
 
@@ -94,16 +98,19 @@ def _given(names: dict[str, Any]) -> list[Maybe]:
     return [names[name] for name in GIVEN]
 
 
+window_linear_op = torch.library.custom_op("linearize::window_linear", forward, mutates_args=())
+
+
 @window_linear_op.register_fake
 def _(q, k, v, q_weight, k_weight, q_bias, k_bias, fq, fk, near, sink_k, sink_v, first, sequences, blocks, state_heads,
-      map, window, lag, mix, own, scale, window_weight, sinks, last, maps_only):  # type: ignore[no-untyped-def]  # fmt: skip
+      map, window, lag, mix, own, scale, window_weight, sinks, last, keep, maps_only):  # type: ignore[no-untyped-def]  # fmt: skip
     plan = make_plan(q, k, k_weight, fk, state_heads, map, window, lag, mix, own, scale, window_weight, sinks)
     batch, heads, tokens, channels = q.shape
     count = batch if sequences is None else sequences.shape[0]
     every = batch * plan.blocks if blocks is None else blocks.shape[0]
     rows = q.new_empty((batch, heads, tokens), dtype=torch.float32)
     final = (count, state_heads, plan.features, channels + 1) if last and map != "none" else (0,)
-    tiles = (every, state_heads, plan.parts, channels, plan.tile) if maps_only and map != "none" else (0,)
+    tiles = (every, state_heads, plan.parts, channels, plan.tile) if keep and map != "none" else (0,)
     return (
         q.new_empty((batch, tokens, heads, channels)).transpose(1, 2),
         rows,
@@ -114,8 +121,7 @@ def _(q, k, v, q_weight, k_weight, q_bias, k_bias, fq, fk, near, sink_k, sink_v,
     )
 
 
-@torch.library.custom_op("linearize::window_linear_backward", mutates_args=())
-def window_linear_backward_op(
+def backward(
     grad: torch.Tensor, d_peak: torch.Tensor | None, out: torch.Tensor, peak: torch.Tensor, total: torch.Tensor,
     states: torch.Tensor, masses: torch.Tensor,
     q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, q_weight: torch.Tensor | None, k_weight: torch.Tensor | None,
@@ -126,18 +132,23 @@ def window_linear_backward_op(
 ) -> list[torch.Tensor]:  # fmt: skip
     """Gradients of GIVEN, in order; empty where there is none."""
     plan = make_plan(q, k, k_weight, fk, state_heads, map, window, lag, mix, own, scale, window_weight, sinks)
-    x = _inputs(plan, dict(zip(GIVEN, _given(locals()))), first, sequences, blocks)
     grad = _dense(grad)
+    x = _inputs(plan, dict(zip(GIVEN, _given(locals()))), first, sequences, blocks, grad, d_peak)
     found: dict[str, torch.Tensor] = {}
     rows: dict[str, torch.Tensor] = {}
-    key_dy = d_states = None
+    key_dy = d_states = dv = None
     if map != "none":
         if not states.numel():
             states, masses, _, _ = launch.scan(plan, x)
         rows = launch.query_maps(plan, x, states, masses, grad, out, peak, total, alone=maps_only)
         del states, masses
         d_states, d_masses, _, _ = launch.scan(plan, x, grad=grad, row_scale=rows["scale"], row_mass=rows["mass"])
-        key_dy = launch.key_maps(plan, x, d_states, d_masses, grad, rows)
+        if plan.lag == 2:
+            fused = tuning.window_linear_fused_values(tuning.capability(q.device), plan.channels)
+            values = fused and not maps_only
+            key_dy, dv = launch.far_keys(plan, x, d_states, d_masses, values=values)
+        else:
+            key_dy = launch.key_maps(plan, x, d_states, d_masses, grad, rows)
         if map == "precomputed":
             found |= {"fq": rows["dy"], "fk": key_dy}
         elif map in PROJECTED:
@@ -147,7 +158,7 @@ def window_linear_backward_op(
     if not maps_only:
         scaled = None if d_peak is None else (d_peak / launch.LN2).contiguous()
         found["q"], rows = launch.query_pairs(plan, x, grad, peak, scaled, rows)
-        found["k"], found["v"] = launch.key_pairs(plan, x, grad, d_states, key_dy, rows)
+        found["k"], found["v"] = launch.key_pairs(plan, x, grad, d_states, key_dy, rows, dv)
         if sinks and sink_k is not None:
             found["sink_k"], found["sink_v"] = launch.sink_pairs(plan, x, grad, rows)
     if near is not None and map != "none" and window:
@@ -166,6 +177,9 @@ def _near_grad(plan: Plan, near: torch.Tensor, rows: dict[str, torch.Tensor], al
     if plan.mix == "shared":
         return rows["row"].sum((0, 2)) / near.float()
     return rows["row"] if alone else rows["far"]
+
+
+window_linear_backward_op = torch.library.custom_op("linearize::window_linear_backward", backward, mutates_args=())
 
 
 @window_linear_backward_op.register_fake
@@ -193,22 +207,50 @@ def _(grad, d_peak, out, peak, total, states, masses, q, k, v, q_weight, k_weigh
 
 
 def _setup(ctx, inputs, output) -> None:  # type: ignore[no-untyped-def]
-    tensors, options, maps_only = inputs[:15], inputs[15:-2], inputs[-1]
+    tensors, options, maps_only = inputs[:15], inputs[15:-3], inputs[-1]
     out, peak, total, final, states, masses = output
     ctx.options, ctx.maps_only = options, maps_only
     ctx.mark_non_differentiable(total, final, states, masses)
+    ctx.set_materialize_grads(False)  # else zeros as large as the states are made, and never read
     ctx.save_for_backward(*tensors, out, peak, total, states, masses)
 
 
-def _backward(ctx, grad, d_peak, *rest):  # type: ignore[no-untyped-def]
+def _backward(ctx, grad, d_peak, *rest, run=window_linear_backward_op):  # type: ignore[no-untyped-def]
     *tensors, out, peak, total, states, masses = ctx.saved_tensors
     if ctx.options[1] != "none":
         d_peak = None
-    found = window_linear_backward_op(
-        grad, d_peak, out, peak, total, states, masses, *tensors, *ctx.options, ctx.maps_only
-    )
+    if grad is None:
+        grad = torch.zeros_like(out)
+    found = run(grad, d_peak, out, peak, total, states, masses, *tensors, *ctx.options, ctx.maps_only)
     grads = [y if x is not None and y.shape == x.shape else None for x, y in zip(tensors, found)]
-    return *grads, *([None] * (3 + len(ctx.options) + 2))
+    return *grads, *([None] * (3 + len(ctx.options) + 3))
 
 
 window_linear_op.register_autograd(_backward, setup_context=_setup)
+
+
+class _Eager(torch.autograd.Function):
+    """The op without torch.library, whose dispatch takes longer than the kernels on a short sequence."""
+
+    @staticmethod
+    def forward(*inputs):  # type: ignore[no-untyped-def,override]
+        return forward(*inputs)
+
+    @staticmethod
+    def setup_context(ctx, inputs, output):  # type: ignore[no-untyped-def,override]
+        _setup(ctx, inputs, output)
+
+    @staticmethod
+    def backward(ctx, *grads):  # type: ignore[no-untyped-def,override]
+        return _backward(ctx, *grads, run=backward)
+
+
+def window_linear_call(*inputs: Any) -> Any:
+    """window_linear_op(*inputs) by the shortest way: torch.library only where something has to see an op."""
+    tensors = [x for x in inputs if isinstance(x, torch.Tensor)]
+    plain = all(type(x) in (torch.Tensor, torch.nn.Parameter) for x in tensors)
+    if torch.compiler.is_compiling() or not plain:
+        return window_linear_op(*inputs)
+    if torch.is_grad_enabled() and any(x.requires_grad for x in tensors):
+        return _Eager.apply(*inputs)  # type: ignore[no-untyped-call]
+    return forward(*inputs)

@@ -27,17 +27,12 @@ from .window_linear_tiles import (
 
 
 @triton.jit
-def scores_of(q, base, live, stride, seen, scale, D: tl.constexpr, BD: tl.constexpr, C: tl.constexpr):
-    """Scores against C keys, in base 2; -inf where not seen."""
-    k = load_rows(base, live, stride, D, BD, C)
-    return tl.where(seen, tl.dot(q, tl.trans(k), input_precision="ieee") * scale, float("-inf"))
-
-
-@triton.jit
-def values_of(do, base, live, stride, D: tl.constexpr, BD: tl.constexpr, C: tl.constexpr):
-    """do.v of C values."""
-    v = load_rows(base, live, stride, D, BD, C)
-    return tl.dot(do, tl.trans(v), input_precision="ieee")
+def highest(s, first: tl.constexpr, top, pick):
+    """top and pick [C], the largest of a row's scores and its place, after the scores s that begin at place `first`."""
+    places = first + tl.arange(0, s.shape[1])
+    found = tl.max(s, 1)
+    place = tl.min(tl.where(s == found[:, None], places[None, :], 1 << 20), 1)
+    return tl.maximum(top, found), tl.where(found > top, place, pick)
 
 
 @triton.jit(do_not_specialize=["T", "BLOCKS", "sinks"])
@@ -49,143 +44,161 @@ def query_pairs_kernel(
     T, BLOCKS, HEADS, scale, window_weight, sinks,
     D: tl.constexpr, BD: tl.constexpr, BN: tl.constexpr, F: tl.constexpr, BF: tl.constexpr,
     C: tl.constexpr, MAP: tl.constexpr, WINDOW: tl.constexpr, MIX: tl.constexpr,
-    KEYS: tl.constexpr, BZ: tl.constexpr, TABLE: tl.constexpr,
+    KEYS: tl.constexpr, BZ: tl.constexpr, TEAM: tl.constexpr, EVEN: tl.constexpr, TABLE: tl.constexpr,
 ):  # fmt: skip
-    """One program: a block of queries of one head, BN channels of dq [B, T, H, D].
+    """One program: a block of queries of TEAM heads that share keys, BN channels of dq [B, T, H, D].
 
     Writes level = l - log2 a, and: pick, the place of each row's largest score, from the block before on, and r to far
     (shared); or shift = e and far, the gradient of gate or mass, from row, which is do.o of the linear branch (split).
-    d_peak: gradient of the log-sum-exp (window alone).
+    d_peak: gradient of the log-sum-exp (window alone). EVEN: every sequence has whole blocks.
     """
     SLICES: tl.constexpr = (D + BN - 1) // BN
     index = tl.program_id(0)
     first_n = (index % SLICES) * BN
     index = index // SLICES
-    head = index % HEADS
-    block = (index // HEADS).to(tl.int64)
+    team = index % (HEADS // TEAM)
+    block = (index // (HEADS // TEAM)).to(tl.int64)
     row, low, high, number, sequence = find_block(block, table_ptr, T, BLOCKS, TABLE)
     if row < 0:
         return
     token = tl.arange(0, C)
     start = low + number * C
-    live = start + token < high
-    wide = head.to(tl.int64)
+    if EVEN:
+        live = tl.zeros([C], tl.int32) + start < high
+        before = tl.zeros([C], tl.int32) + start > low
+    else:
+        live = start + token < high
+        before = start - C + token >= low
+    below = token[:, None] >= token[None, :]
     first_t = start.to(tl.int64)
-    at_row = (row * HEADS + wide) * T + start + token
-    dq = tl.zeros([C, BN], tl.float32)
-
     if WINDOW:
-        key_head = (head // KEYS).to(tl.int64)
+        key_head = (team * TEAM // KEYS).to(tl.int64)
         k_base = k_ptr + row * s_kb + key_head * s_kh + first_t * s_kt
         v_base = v_ptr + row * s_vb + key_head * s_vh + first_t * s_vt
-        k_old = k_base - C * s_kt
-        v_old = v_base - C * s_vt
+        k = load_rows(k_base, live, s_kt, D, BD, C)
+        k_last = load_rows(k_base - C * s_kt, before, s_kt, D, BD, C)
+        v = load_rows(v_base, live, s_vt, D, BD, C)
+        v_last = load_rows(v_base - C * s_vt, before, s_vt, D, BD, C)
+        k_part = k
+        k_last_part = k_last
+        if BN != BD:
+            k_part = load_columns(k_base, live, s_kt, first_n, D, BN, C)
+            k_last_part = load_columns(k_base - C * s_kt, before, s_kt, first_n, D, BN, C)
         if BZ > 0:
             k_first = sink_k_ptr + sequence * s_ksb + key_head * s_ksh
-            v_first = sink_v_ptr + sequence * s_vsb + key_head * s_vsh
             kept = tl.arange(0, BZ) < tl.where(number >= 2, sinks, 0)
-        before = start - C + token >= low
-        below = token[:, None] >= token[None, :]
-        q = load_rows(q_ptr + row * s_qb + wide * s_qh + first_t * s_qt, live, s_qt, D, BD, C)
-        do = load_rows(do_ptr + row * s_db + wide * s_dh + first_t * s_dt, live, s_dt, D, BD, C)
-        peak = tl.load(peak_ptr + at_row, mask=live, other=0.0)
-        if MAP == NO_MAP:
-            share = tl.zeros([C], tl.float32) + 1.0
-        else:
-            near_at = head
-            if MIX != SHARED:
-                near_at = row * s_nb + wide * s_nh + (start + token) * s_nt
-            share = window_share(peak, near_ptr, near_at, live, window_weight, MIX)
-        level = peak - tl.log2(share)
-        if first_n == 0:
-            tl.store(level_ptr + at_row, level, mask=live)
+            k_sink = load_rows(k_first, kept, s_kst, D, BD, BZ)
+            v_sink = load_rows(sink_v_ptr + sequence * s_vsb + key_head * s_vsh, kept, s_vst, D, BD, BZ)
+            k_sink_part = k_sink
+            if BN != BD:
+                k_sink_part = load_columns(k_first, kept, s_kst, first_n, D, BN, BZ)
 
-        if MAP != NO_MAP and MIX == SHARED:
-            shift = tl.load(shift_ptr + at_row, mask=live, other=0.0)
-        else:
-            # e is a sum over the row, so the row is read twice.
-            p = tl.exp2(scores_of(q, k_base, live, s_kt, below, scale, D, BD, C) - peak[:, None])
-            shift = tl.sum(p * values_of(do, v_base, live, s_vt, D, BD, C), 1)
-            p = tl.exp2(scores_of(q, k_old, before, s_kt, before[None, :], scale, D, BD, C) - peak[:, None])
-            shift += tl.sum(p * values_of(do, v_old, before, s_vt, D, BD, C), 1)
-            if BZ > 0:
-                p = tl.exp2(scores_of(q, k_first, kept, s_kst, kept[None, :], scale, D, BD, BZ) - peak[:, None])
-                shift += tl.sum(p * values_of(do, v_first, kept, s_vst, D, BD, BZ), 1)
-            if MAP != NO_MAP:
-                got = shift - tl.load(row_ptr + at_row, mask=live, other=0.0)
-                if MIX == MASS:
-                    shift -= (1.0 - share) * got
-                    got = -share * (1.0 - share) * got
-                if far_ptr is not None:  # noqa: SIM102 - the first is known when it is compiled
-                    if first_n == 0:
-                        tl.store(far_ptr + at_row, got, mask=live)
-            elif d_peak_ptr is not None:
-                shift -= tl.load(d_peak_ptr + at_row, mask=live, other=0.0)
+    for member in tl.range(0, TEAM, num_stages=1, disable_licm=True):  # else all addresses are kept in registers
+        head = team * TEAM + member
+        wide = head.to(tl.int64)
+        at_row = (row * HEADS + wide) * T + start + token
+        dq = tl.zeros([C, BN], tl.float32)
+
+        if WINDOW:
+            q = load_rows(q_ptr + row * s_qb + wide * s_qh + first_t * s_qt, live, s_qt, D, BD, C)
+            peak = tl.load(peak_ptr + at_row, mask=live, other=0.0)
+            if MAP == NO_MAP:
+                share = tl.zeros([C], tl.float32) + 1.0
+            else:
+                near_at = head
+                if MIX != SHARED:
+                    near_at = row * s_nb + wide * s_nh + (start + token) * s_nt
+                share = window_share(peak, near_ptr, near_at, live, window_weight, MIX)
+            level = peak - tl.log2(share)
             if first_n == 0:
-                tl.store(shift_ptr + at_row, shift, mask=live)
-
-        s = scores_of(q, k_base, live, s_kt, below, scale, D, BD, C)
-        if MAP != NO_MAP and MIX == SHARED:
-            top = tl.max(s, 1)
-            pick = tl.argmax(s, 1) + C
-        p = tl.exp2(s - level[:, None])
-        ds = p * (values_of(do, v_base, live, s_vt, D, BD, C) - shift[:, None])
-        if MAP != NO_MAP and MIX == SHARED:
-            weight = tl.sum(p, 1)
-            direct = tl.sum(ds, 1)
-        k = load_columns(k_base, live, s_kt, first_n, D, BN, C)
-        dq = tl.dot(ds.to(k.dtype), k, dq, input_precision="ieee")
-        s = scores_of(q, k_old, before, s_kt, before[None, :], scale, D, BD, C)
-        if MAP != NO_MAP and MIX == SHARED:
-            pick = tl.where(tl.max(s, 1) > top, tl.argmax(s, 1), pick)
-            top = tl.maximum(top, tl.max(s, 1))
-        p = tl.exp2(s - level[:, None])
-        ds = p * (values_of(do, v_old, before, s_vt, D, BD, C) - shift[:, None])
-        if MAP != NO_MAP and MIX == SHARED:
-            weight += tl.sum(p, 1)
-            direct += tl.sum(ds, 1)
-        k = load_columns(k_old, before, s_kt, first_n, D, BN, C)
-        dq = tl.dot(ds.to(k.dtype), k, dq, input_precision="ieee")
-        if BZ > 0:
-            s = scores_of(q, k_first, kept, s_kst, kept[None, :], scale, D, BD, BZ)
-            if MAP != NO_MAP and MIX == SHARED:
-                pick = tl.where(tl.max(s, 1) > top, tl.argmax(s, 1) + 2 * C, pick)
-            p = tl.exp2(s - level[:, None])
-            ds = p * (values_of(do, v_first, kept, s_vst, D, BD, BZ) - shift[:, None])
-            if MAP != NO_MAP and MIX == SHARED:
-                weight += tl.sum(p, 1)
-                direct += tl.sum(ds, 1)
-            k = load_columns(k_first, kept, s_kst, first_n, D, BN, BZ)
-            dq = tl.dot(ds.to(k.dtype), k, dq, input_precision="ieee")
-        if MAP != NO_MAP and MIX == SHARED:
-            # r is also the sum of ds; each way loses digits where its own branch has nearly all of the weight.
-            r = tl.load(row_ptr + at_row, mask=live, other=0.0)
-            r = tl.where(weight < 0.5, direct, r)
-            if first_n == 0:
-                tl.store(far_ptr + at_row, r, mask=live)
-                tl.store(pick_ptr + at_row, pick, mask=live)
-            column = first_n + tl.arange(0, BN)
-            near = live & (pick < 2 * C)
-            at = k_base + (pick - C)[:, None] * s_kt + column[None, :]
-            dq -= r[:, None] * tl.load(at, mask=near[:, None] & (column < D)[None, :], other=0.0).to(tl.float32)
+                tl.store(level_ptr + at_row, level, mask=live)
+            own = tl.where(below, tl.dot(q, tl.trans(k), input_precision="ieee") * scale, float("-inf"))
+            old = tl.where(before[None, :], tl.dot(q, tl.trans(k_last), input_precision="ieee") * scale, float("-inf"))
             if BZ > 0:
-                near = live & (pick >= 2 * C)
-                at = k_first + (pick - 2 * C)[:, None] * s_kst + column[None, :]
-                dq -= r[:, None] * tl.load(at, mask=near[:, None] & (column < D)[None, :], other=0.0).to(tl.float32)
-        dq = dq * (scale * LN2)
+                far = tl.dot(q, tl.trans(k_sink), input_precision="ieee") * scale
+                far = tl.where(kept[None, :], far, float("-inf"))
+            if MAP != NO_MAP and MIX == SHARED:
+                top = tl.zeros([C], tl.float32) - float("inf")
+                pick = tl.zeros([C], tl.int32)
+                top, pick = highest(own, C, top, pick)
+                top, pick = highest(old, 0, top, pick)
+                if BZ > 0:
+                    top, pick = highest(far, 2 * C, top, pick)
 
-    if MAP != NO_MAP and MAP != PRECOMPUTED:
-        dy_base = dy_ptr + ((row * HEADS + wide) * T + first_t) * F
-        dq = through_map(dq, dy_base, q_weight_ptr, wide, live, first_n, D, BN, F, BF, C, MAP)
-    store_columns(dq_ptr + row * s_gb + first_t * s_gt + wide * D, dq, live, s_gt, first_n, D, BN, C)
+            do = load_rows(do_ptr + row * s_db + wide * s_dh + first_t * s_dt, live, s_dt, D, BD, C)
+            got_own = tl.dot(do, tl.trans(v), input_precision="ieee")
+            got_old = tl.dot(do, tl.trans(v_last), input_precision="ieee")
+            base = level if MAP != NO_MAP and MIX == SHARED else peak
+            own = tl.exp2(own - base[:, None])
+            old = tl.exp2(old - base[:, None])
+            if BZ > 0:
+                got_far = tl.dot(do, tl.trans(v_sink), input_precision="ieee")
+                far = tl.exp2(far - base[:, None])
+            if MAP != NO_MAP and MIX == SHARED:
+                shift = tl.load(shift_ptr + at_row, mask=live, other=0.0)
+            else:
+                shift = tl.sum(own * got_own, 1) + tl.sum(old * got_old, 1)
+                if BZ > 0:
+                    shift += tl.sum(far * got_far, 1)
+                if MAP != NO_MAP:
+                    got = shift - tl.load(row_ptr + at_row, mask=live, other=0.0)
+                    if MIX == MASS:
+                        shift -= (1.0 - share) * got
+                        got = -share * (1.0 - share) * got
+                    if far_ptr is not None:  # noqa: SIM102 - the first is known when it is compiled
+                        if first_n == 0:
+                            tl.store(far_ptr + at_row, got, mask=live)
+                elif d_peak_ptr is not None:
+                    shift -= tl.load(d_peak_ptr + at_row, mask=live, other=0.0)
+                if first_n == 0:
+                    tl.store(shift_ptr + at_row, shift, mask=live)
+
+            if MAP != NO_MAP and MIX == SHARED:
+                weight = tl.sum(own, 1) + tl.sum(old, 1)
+            elif MAP != NO_MAP:
+                own *= share[:, None]
+                old *= share[:, None]
+            own *= got_own - shift[:, None]
+            old *= got_old - shift[:, None]
+            if BZ > 0:
+                if MAP != NO_MAP and MIX != SHARED:
+                    far *= share[:, None]
+                if MAP != NO_MAP and MIX == SHARED:
+                    weight += tl.sum(far, 1)
+                far *= got_far - shift[:, None]
+            if MAP != NO_MAP and MIX == SHARED:
+                # r is also the sum of ds; each way loses digits where its own branch has nearly all of the weight.
+                direct = tl.sum(own, 1) + tl.sum(old, 1)
+                if BZ > 0:
+                    direct += tl.sum(far, 1)
+                r = tl.load(row_ptr + at_row, mask=live, other=0.0)
+                r = tl.where(weight < 0.5, direct, r)
+                if first_n == 0:
+                    tl.store(far_ptr + at_row, r, mask=live)
+                    tl.store(pick_ptr + at_row, pick, mask=live)
+                own -= tl.where(pick[:, None] == C + token[None, :], r[:, None], 0.0)
+                old -= tl.where(pick[:, None] == token[None, :], r[:, None], 0.0)
+                if BZ > 0:
+                    far -= tl.where(pick[:, None] == 2 * C + tl.arange(0, BZ)[None, :], r[:, None], 0.0)
+            dq = tl.dot(own.to(k.dtype), k_part, dq, input_precision="ieee")
+            dq = tl.dot(old.to(k.dtype), k_last_part, dq, input_precision="ieee")
+            if BZ > 0:
+                dq = tl.dot(far.to(k_sink.dtype), k_sink_part, dq, input_precision="ieee")
+            dq = dq * (scale * LN2)
+
+        if MAP != NO_MAP and MAP != PRECOMPUTED:
+            dy_base = dy_ptr + ((row * HEADS + wide) * T + first_t) * F
+            dq = through_map(dq, dy_base, q_weight_ptr, wide, live, first_n, D, BN, F, BF, C, MAP)
+        store_columns(dq_ptr + row * s_gb + first_t * s_gt + wide * D, dq, live, s_gt, first_n, D, BN, C)
 
 
 def gate_cases(arch: int = 90):  # type: ignore[no-untyped-def]
     """Default configurations in bfloat16, for the compile gate."""
     rows = tuning.window_linear_queries(arch, 128, 64, 64, torch.bfloat16)
+    team = tuning.window_linear_team(arch, 4096, 4)
     sinks = ("sink_k_ptr", "sink_v_ptr", "d_peak_ptr")
     return [
-        gate_case(query_pairs_kernel, rows, "shared mix", absent=sinks),
-        gate_case(query_pairs_kernel, rows, "mix by mass", absent=sinks, MIX=3),
-        gate_case(query_pairs_kernel, rows, "window alone", absent=sinks[:2], MAP=5, MIX=1),
+        gate_case(query_pairs_kernel, rows, "shared mix", absent=sinks, EVEN=False, TEAM=team),
+        gate_case(query_pairs_kernel, rows, "mix by mass", absent=sinks, MIX=3, TEAM=team),
+        gate_case(query_pairs_kernel, rows, "window alone", absent=sinks[:2], MAP=5, MIX=1, TEAM=team),
     ]

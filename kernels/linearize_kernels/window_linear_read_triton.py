@@ -30,20 +30,43 @@ from .window_linear_tiles import (
 
 
 @triton.jit
-def read_part(
-    phi, states_ptr, masses_ptr, at, first_v, acc, total, D: tl.constexpr, BV: tl.constexpr, BF: tl.constexpr
-):
-    """Add one part of the features' readings: acc [C, BV] += phi S, total [C] += phi z."""
+def load_state(states_ptr, at, first_v, D: tl.constexpr, BV: tl.constexpr, BF: tl.constexpr):
+    """One part's state, BV values by BF features."""
     value = first_v + tl.arange(0, BV)
-    feature = tl.arange(0, BF)
-    from_state = states_ptr + at * D * BF + value[:, None] * BF + feature[None, :]
+    from_state = states_ptr + at * D * BF + value[:, None] * BF + tl.arange(0, BF)[None, :]
     if D % BV == 0:
         state = tl.load(from_state)
     else:
         state = tl.load(from_state, mask=(value < D)[:, None], other=0.0)
-    total += tl.sum(phi * tl.load(masses_ptr + at * BF + feature)[None, :], 1)
-    acc = tl.dot(phi.to(state.dtype), tl.trans(state), acc, input_precision="ieee")
-    return acc, total
+    return state
+
+
+@triton.jit
+def pairs_of(
+    phi, phi_2, xk_base, weight_ptr, bias_ptr, head, live, stride, DTYPE: tl.constexpr,
+    D: tl.constexpr, BD: tl.constexpr, F: tl.constexpr, BF: tl.constexpr, PARTS: tl.constexpr, C: tl.constexpr,
+    MAP: tl.constexpr,
+):  # fmt: skip
+    """phi(q_i).phi(k_j) of the block's own keys, up to each query: [C, C]."""
+    token = tl.arange(0, C)
+    if MAP == PRECOMPUTED:
+        other = tl.trans(load_rows(xk_base, live, stride, min(F, BF), BF, C))
+        weights = tl.dot(phi.to(other.dtype), other, input_precision="ieee")
+        if PARTS == 2:
+            other = tl.trans(load_rows(xk_base + BF, live, stride, F - BF, BF, C))
+            weights = tl.dot(phi_2.to(other.dtype), other, weights, input_precision="ieee")
+    else:
+        xk = load_rows(xk_base, live, stride, D, BD, C)
+        if MAP == SOFTMAX:
+            y = project_across(xk, None, None, head, F, BF, MAP)
+        else:
+            weight = load_matrix(weight_ptr + head * D * F, F, D, BD, F, BF)
+            y = project_across(xk, weight, bias_ptr, head, F, BF, MAP)
+        weights = tl.dot(phi.to(DTYPE), features(y, MAP, F, BF, 0).to(DTYPE), input_precision="ieee")
+        if PARTS == 2:
+            other = features(-y, MAP, F, BF, 0).to(DTYPE)
+            weights = tl.dot(phi_2.to(DTYPE), other, weights, input_precision="ieee")
+    return tl.where(token[:, None] >= token[None, :], weights, 0.0)
 
 
 @triton.jit(do_not_specialize=["T", "BLOCKS", "sinks"])
@@ -55,153 +78,177 @@ def read_kernel(
     T, BLOCKS, HEADS, scale, window_weight, sinks,
     D: tl.constexpr, BD: tl.constexpr, BV: tl.constexpr, F: tl.constexpr, BF: tl.constexpr, PARTS: tl.constexpr,
     C: tl.constexpr, MAP: tl.constexpr, LAG: tl.constexpr, WINDOW: tl.constexpr, MIX: tl.constexpr, OWN: tl.constexpr,
-    KEYS: tl.constexpr, STATES: tl.constexpr, BZ: tl.constexpr, TABLE: tl.constexpr,
+    KEYS: tl.constexpr, STATES: tl.constexpr, BZ: tl.constexpr, TEAM: tl.constexpr,
+    TABLE: tl.constexpr,
 ):  # fmt: skip
-    """One program: a block of queries of one head, BV values. KEYS, STATES: query heads a key head, a state head.
+    """One program: a block of queries of TEAM heads that share keys, BV values.
 
-    xq, xk: what features are made of (q and k themselves, or features). near: gamma [H], gates or masses.
+    KEYS, STATES: query heads a key head, a state head. xq, xk: what features are made of (q and k themselves, or
+    features). near: gamma [H], gates or masses.
     """
     VALUES: tl.constexpr = (D + BV - 1) // BV
     index = tl.program_id(0)
     first_v = (index % VALUES) * BV
     index = index // VALUES
-    head = index % HEADS
-    block = (index // HEADS).to(tl.int64)
+    team = index % (HEADS // TEAM)
+    block = (index // (HEADS // TEAM)).to(tl.int64)
     row, low, high, number, sequence = find_block(block, table_ptr, T, BLOCKS, TABLE)
     if row < 0:
         return
     token = tl.arange(0, C)
     start = low + number * C
     live = start + token < high
+    before = start - C + token >= low
     value = first_v + tl.arange(0, BV)
     inside_v = (value < D)[None, :]
-    key_head = (head // KEYS).to(tl.int64)
-    wide = head.to(tl.int64)
+    key_head = (team * TEAM // KEYS).to(tl.int64)
     first_t = start.to(tl.int64)
-    v_base = v_ptr + row * s_vb + key_head * s_vh + first_t * s_vt + token[:, None] * s_vt + value[None, :]
-
-    acc = tl.zeros([C, BV], tl.float32)
-    far = tl.zeros([C], tl.float32)  # the linear branch's sum of weights
-    if WINDOW:
-        q = load_rows(q_ptr + row * s_qb + wide * s_qh + first_t * s_qt, live, s_qt, D, BD, C)
-    if MAP != NO_MAP:
-        state_head = (head // STATES).to(tl.int64)
-        at = (block * (HEADS // STATES) + state_head) * PARTS
-        x_base = xq_ptr + row * s_xqb + wide * s_xqh + first_t * s_xqt
-        if MAP == PRECOMPUTED:
-            phi = load_rows(x_base, live, s_xqt, min(F, BF), BF, C).to(tl.float32)
-            if PARTS == 2:
-                phi_2 = load_rows(x_base + BF, live, s_xqt, F - BF, BF, C).to(tl.float32)
-        else:
-            if WINDOW:
-                x = q
-            else:
-                x = load_rows(x_base, live, s_xqt, D, BD, C)
-            if MAP == SOFTMAX:
-                y = project(x, None, None, head, F, BF, MAP)
-            else:
-                y = project(x, load_matrix(q_weight_ptr + wide * D * F, F, D, BD, F, BF), q_bias_ptr, head, F, BF, MAP)
-            phi = features(y, MAP, F, BF, 1)
-            if PARTS == 2:
-                phi_2 = features(-y, MAP, F, BF, 1)
-        acc, far = read_part(phi, states_ptr, masses_ptr, at, first_v, acc, far, D, BV, BF)
-        if PARTS == 2:
-            acc, far = read_part(phi_2, states_ptr, masses_ptr, at + 1, first_v, acc, far, D, BV, BF)
-        if LAG == 1:  # the block's own keys, up to each query
-            xk_base = xk_ptr + row * s_xkb + first_t * s_xkt
-            if MAP == PRECOMPUTED:
-                xk_base += state_head * s_xkh
-                other = tl.trans(load_rows(xk_base, live, s_xkt, min(F, BF), BF, C))
-                weights = tl.dot(phi.to(other.dtype), other, input_precision="ieee")
-                if PARTS == 2:
-                    other = tl.trans(load_rows(xk_base + BF, live, s_xkt, F - BF, BF, C))
-                    weights = tl.dot(phi_2.to(other.dtype), other, weights, input_precision="ieee")
-            else:
-                xk = load_rows(xk_base + key_head * s_xkh, live, s_xkt, D, BD, C)
-                if MAP == SOFTMAX:
-                    y = project_across(xk, None, None, state_head, F, BF, MAP)
-                else:
-                    weight = load_matrix(k_weight_ptr + state_head * D * F, F, D, BD, F, BF)
-                    y = project_across(xk, weight, k_bias_ptr, state_head, F, BF, MAP)
-                weights = tl.dot(phi.to(xk.dtype), features(y, MAP, F, BF, 0).to(xk.dtype), input_precision="ieee")
-                if PARTS == 2:
-                    other = features(-y, MAP, F, BF, 0).to(xk.dtype)
-                    weights = tl.dot(phi_2.to(xk.dtype), other, weights, input_precision="ieee")
-            weights = tl.where(token[:, None] >= token[None, :], weights, 0.0)
-            far += tl.sum(weights, 1)
-            v = tl.load(v_base, mask=live[:, None] & inside_v, other=0.0)
-            acc = tl.dot(weights.to(v.dtype), v, acc, input_precision="ieee")
-
     if WINDOW:
         k_base = k_ptr + row * s_kb + key_head * s_kh + first_t * s_kt
         k = load_rows(k_base, live, s_kt, D, BD, C)
-        own = tl.dot(q, tl.trans(k), input_precision="ieee") * scale
-        own = tl.where(token[:, None] >= token[None, :], own, float("-inf"))
-        before = start - C + token >= low
-        k = load_rows(k_base - C * s_kt, before, s_kt, D, BD, C)
-        previous = tl.dot(q, tl.trans(k), input_precision="ieee") * scale
-        previous = tl.where(before[None, :], previous, float("-inf"))
-        largest = tl.maximum(tl.max(own, 1), tl.max(previous, 1))
-        if BZ > 0:
-            kept = tl.arange(0, BZ) < tl.where(number >= 2, sinks, 0)
-            k = load_rows(sink_k_ptr + sequence * s_ksb + key_head * s_ksh, kept, s_kst, D, BD, BZ)
-            first = tl.dot(q, tl.trans(k), input_precision="ieee") * scale
-            first = tl.where(kept[None, :], first, float("-inf"))
-            largest = tl.maximum(largest, tl.max(first, 1))
-            first = tl.exp2(first - largest[:, None])
-        own = tl.exp2(own - largest[:, None])
-        previous = tl.exp2(previous - largest[:, None])
-        near = tl.sum(own, 1) + tl.sum(previous, 1)
-        tl.debug_barrier()
-        if BZ > 0:
-            near += tl.sum(first, 1)
-        if MAP == NO_MAP:
-            peak = largest + tl.log2(near)
-            factor = 1.0 / near
-        elif MIX == SHARED:
-            gamma = window_share(near, near_ptr, head, live, window_weight, MIX)
-            far += gamma * near
-            peak = largest + tl.log2(far)
-            factor = gamma / far
-            acc = acc / far[:, None]
-        else:
-            peak = largest + tl.log2(near)
-            near_at = row * s_nb + wide * s_nh + (start + token) * s_nt
-            share = window_share(peak, near_ptr, near_at, live, window_weight, MIX)
-            factor = share / near
-            if OWN:
-                acc = acc * tl.where(far > TINY, (1.0 - share) / far, 0.0)[:, None]
-            else:
-                acc = acc * (1.0 - share)[:, None]
+        k_old = load_rows(k_base - C * s_kt, before, s_kt, D, BD, C)
+    if WINDOW or LAG == 1:
+        v_base = v_ptr + row * s_vb + key_head * s_vh + first_t * s_vt + token[:, None] * s_vt + value[None, :]
         v = tl.load(v_base, mask=live[:, None] & inside_v, other=0.0)
-        acc = tl.dot((own * factor[:, None]).to(v.dtype), v, acc, input_precision="ieee")
-        v = tl.load(v_base - C * s_vt, mask=before[:, None] & inside_v, other=0.0)
-        acc = tl.dot((previous * factor[:, None]).to(v.dtype), v, acc, input_precision="ieee")
-        if BZ > 0:
-            slot = tl.arange(0, BZ)
-            at_sink = sink_v_ptr + sequence * s_vsb + key_head * s_vsh + slot[:, None] * s_vst + value[None, :]
-            v = tl.load(at_sink, mask=kept[:, None] & inside_v, other=0.0)
-            acc = tl.dot((first * factor[:, None]).to(v.dtype), v, acc, input_precision="ieee")
-    elif OWN:
-        acc = acc * tl.where(far > TINY, 1.0 / far, 0.0)[:, None]
+    if WINDOW:
+        v_old = tl.load(v_base - C * s_vt, mask=before[:, None] & inside_v, other=0.0)
+    if BZ > 0:
+        slot = tl.arange(0, BZ)
+        kept = slot < tl.where(number >= 2, sinks, 0)
+        k_sink = load_rows(sink_k_ptr + sequence * s_ksb + key_head * s_ksh, kept, s_kst, D, BD, BZ)
+        at_sink = sink_v_ptr + sequence * s_vsb + key_head * s_vsh + slot[:, None] * s_vst + value[None, :]
+        v_sink = tl.load(at_sink, mask=kept[:, None] & inside_v, other=0.0)
 
-    out = out_ptr + row * s_ob + first_t * s_ot + wide * D + token[:, None] * s_ot + value[None, :]
-    tl.store(out, acc.to(out_ptr.dtype.element_ty), mask=live[:, None] & inside_v)
-    if first_v == 0:
-        at_row = (row * HEADS + wide) * T + start + token
+    for member in tl.range(0, TEAM, num_stages=1, disable_licm=True):  # else all addresses are kept in registers
+        head = team * TEAM + member
+        wide = head.to(tl.int64)
+        far = tl.zeros([C], tl.float32)  # the linear branch's sum of weights
         if WINDOW:
-            tl.store(peak_ptr + at_row, peak, mask=live)
+            q = load_rows(q_ptr + row * s_qb + wide * s_qh + first_t * s_qt, live, s_qt, D, BD, C)
         if MAP != NO_MAP:
-            tl.store(total_ptr + at_row, far, mask=live)
+            state_head = wide // STATES
+            at = (block * (HEADS // STATES) + state_head) * PARTS
+            feature = tl.arange(0, BF)
+            mass = tl.load(masses_ptr + at * BF + feature)
+            if PARTS == 2:
+                mass_2 = tl.load(masses_ptr + (at + 1) * BF + feature)
+            x_base = xq_ptr + row * s_xqb + wide * s_xqh + first_t * s_xqt
+            if MAP == PRECOMPUTED:
+                phi = load_rows(x_base, live, s_xqt, min(F, BF), BF, C).to(tl.float32)
+                phi_2 = phi
+                if PARTS == 2:
+                    phi_2 = load_rows(x_base + BF, live, s_xqt, F - BF, BF, C).to(tl.float32)
+            else:
+                if WINDOW:
+                    x = q
+                else:
+                    x = load_rows(x_base, live, s_xqt, D, BD, C)
+                if MAP == SOFTMAX:
+                    y = project(x, None, None, head, F, BF, MAP)
+                else:
+                    weight = load_matrix(q_weight_ptr + wide * D * F, F, D, BD, F, BF)
+                    y = project(x, weight, q_bias_ptr, head, F, BF, MAP)
+                phi = features(y, MAP, F, BF, 1)
+                phi_2 = phi
+                if PARTS == 2:
+                    phi_2 = features(-y, MAP, F, BF, 1)
+            far += tl.sum(phi * mass[None, :], 1)
+            if PARTS == 2:
+                far += tl.sum(phi_2 * mass_2[None, :], 1)
+            if LAG == 1:
+                key_from = key_head
+                if MAP == PRECOMPUTED:
+                    key_from = state_head
+                xk_base = xk_ptr + row * s_xkb + key_from * s_xkh + first_t * s_xkt
+                weights = pairs_of(
+                    phi, phi_2, xk_base, k_weight_ptr, k_bias_ptr, state_head, live, s_xkt, v_ptr.dtype.element_ty,
+                    D, BD, F, BF, PARTS, C, MAP,
+                )  # fmt: skip
+                far += tl.sum(weights, 1)
+            phi = phi.to(states_ptr.dtype.element_ty)
+            phi_2 = phi_2.to(states_ptr.dtype.element_ty)
+
+        linear = tl.zeros([C], tl.float32) + 1.0  # the linear branch's factor
+        if WINDOW:
+            own = tl.dot(q, tl.trans(k), input_precision="ieee") * scale
+            own = tl.where(token[:, None] >= token[None, :], own, float("-inf"))
+            previous = tl.dot(q, tl.trans(k_old), input_precision="ieee") * scale
+            previous = tl.where(before[None, :], previous, float("-inf"))
+            largest = tl.maximum(tl.max(own, 1), tl.max(previous, 1))
+            if BZ > 0:
+                first = tl.dot(q, tl.trans(k_sink), input_precision="ieee") * scale
+                first = tl.where(kept[None, :], first, float("-inf"))
+                largest = tl.maximum(largest, tl.max(first, 1))
+                first = tl.exp2(first - largest[:, None])
+            own = tl.exp2(own - largest[:, None])
+            previous = tl.exp2(previous - largest[:, None])
+            near = tl.sum(own, 1) + tl.sum(previous, 1)
+            if BZ > 0:
+                near += tl.sum(first, 1)
+            if MAP == NO_MAP:
+                peak = largest + tl.log2(near)
+                factor = 1.0 / near
+            elif MIX == SHARED:
+                gamma = window_share(near, near_ptr, head, live, window_weight, MIX)
+                far += gamma * near
+                peak = largest + tl.log2(far)
+                linear = 1.0 / far
+                factor = gamma * linear
+            else:
+                peak = largest + tl.log2(near)
+                near_at = row * s_nb + wide * s_nh + (start + token) * s_nt
+                share = window_share(peak, near_ptr, near_at, live, window_weight, MIX)
+                factor = share / near
+                if OWN:
+                    linear = tl.where(far > TINY, (1.0 - share) / far, 0.0)
+                else:
+                    linear = 1.0 - share
+            own = own * factor[:, None]
+            previous = (previous * factor[:, None]).to(v_ptr.dtype.element_ty)
+            if MAP != NO_MAP and LAG == 1:
+                own += weights * linear[:, None]
+            own = own.to(v_ptr.dtype.element_ty)
+        else:
+            if OWN:
+                linear = tl.where(far > TINY, 1.0 / far, 0.0)
+            if LAG == 1:
+                own = (weights * linear[:, None]).to(v_ptr.dtype.element_ty)
+
+        acc = tl.zeros([C, BV], tl.float32)
+        if MAP != NO_MAP:
+            state = load_state(states_ptr, at, first_v, D, BV, BF)
+            if PARTS == 2:
+                state_2 = load_state(states_ptr, at + 1, first_v, D, BV, BF)
+        if MAP != NO_MAP:
+            acc = tl.dot(phi, tl.trans(state), acc, input_precision="ieee")
+            if PARTS == 2:
+                acc = tl.dot(phi_2, tl.trans(state_2), acc, input_precision="ieee")
+            acc = acc * linear[:, None]
+        if WINDOW or LAG == 1:
+            acc = tl.dot(own, v, acc, input_precision="ieee")
+        if WINDOW:
+            acc = tl.dot(previous, v_old, acc, input_precision="ieee")
+        if BZ > 0:
+            acc = tl.dot((first * factor[:, None]).to(v_sink.dtype), v_sink, acc, input_precision="ieee")
+
+        out = out_ptr + row * s_ob + first_t * s_ot + wide * D + token[:, None] * s_ot + value[None, :]
+        tl.store(out, acc.to(out_ptr.dtype.element_ty), mask=live[:, None] & inside_v)
+        if first_v == 0:
+            at_row = (row * HEADS + wide) * T + start + token
+            if WINDOW:
+                tl.store(peak_ptr + at_row, peak, mask=live)
+            if MAP != NO_MAP:
+                tl.store(total_ptr + at_row, far, mask=live)
 
 
 def gate_cases(arch: int = 90):  # type: ignore[no-untyped-def]
     """Default configurations in bfloat16, for the compile gate."""
     rows = tuning.window_linear_read(arch, 128, 64, 64, torch.bfloat16)
+    team = tuning.window_linear_team(arch, 4096, 4)
     sinks = ("sink_k_ptr", "sink_v_ptr")
     small = tuning.window_linear_read(arch, 64, 64, 64, torch.bfloat16)
     return [
-        gate_case(read_kernel, rows, "shared mix", absent=sinks),
-        gate_case(read_kernel, small, "mix by mass, sinks, head of 64", MIX=3, D=64, BD=64, BZ=16),
-        gate_case(read_kernel, rows, "window alone", absent=sinks, MAP=5, MIX=1),
+        gate_case(read_kernel, rows, "shared mix", absent=sinks, TEAM=team),
+        gate_case(read_kernel, small, "mix by mass, sinks, head of 64", MIX=3, D=64, BD=64, BZ=16, TEAM=team),
+        gate_case(read_kernel, rows, "window alone", absent=sinks, MAP=5, MIX=1, TEAM=team),
     ]

@@ -22,6 +22,24 @@ from .window_linear_tiles import (
 )
 
 
+@triton.jit
+def add_state(state, mass, states_ptr, masses_ptr, at, tile, inside_v, D: tl.constexpr, BF: tl.constexpr):
+    """state [BV, BF] and mass [BF], plus those stored under the number `at`."""
+    state += tl.load(states_ptr + at * D * BF + tile, mask=inside_v[:, None], other=0.0)
+    mass += tl.load(masses_ptr + at * BF + tl.arange(0, BF))
+    return state, mass
+
+
+@triton.jit
+def put_state(
+    state, mass, states_ptr, masses_ptr, at, tile, inside_v, slice_v, D: tl.constexpr, BF: tl.constexpr
+):  # fmt: skip
+    """Store them there, the mass once for all slices of the values."""
+    tl.store(states_ptr + at * D * BF + tile, state.to(states_ptr.dtype.element_ty), mask=inside_v[:, None])
+    if slice_v == 0:
+        tl.store(masses_ptr + at * BF + tl.arange(0, BF), mass)
+
+
 @triton.jit(do_not_specialize=["T", "BLOCKS", "SEGMENTS", "PER_SEGMENT", "ROW_HEADS", "sinks"])
 def scan_kernel(
     x_ptr, v_ptr, weight_ptr, bias_ptr,  # what makes features, what is written, the map
@@ -32,14 +50,15 @@ def scan_kernel(
     T, BLOCKS, SEGMENTS, PER_SEGMENT, STATE_HEADS, ROW_HEADS, sinks,
     D: tl.constexpr, BD: tl.constexpr, BV: tl.constexpr, F: tl.constexpr, BF: tl.constexpr, PARTS: tl.constexpr,
     C: tl.constexpr, MAP: tl.constexpr, LAG: tl.constexpr, SHARING: tl.constexpr, V_SHARING: tl.constexpr,
-    GROUP: tl.constexpr,
+    GROUP: tl.constexpr, BY_DOT: tl.constexpr, EVEN: tl.constexpr,
     BACKWARDS: tl.constexpr, TOTALS: tl.constexpr, FIRST: tl.constexpr, LAST: tl.constexpr, TABLE: tl.constexpr,
 ):  # fmt: skip
     """One program: one part of the features, BV values, one state head, one segment.
 
     SHARING, V_SHARING: state heads that read one head of x, or of v (keys under several query heads). GROUP: heads of
     x that are added into one state (gradients of several query heads). TOTALS: only add up the segment, into part and
-    part_mass.
+    part_mass. BY_DOT: sum the mass in the data's dtype (its sums in float32), as the state. EVEN: every
+    sequence has whole blocks, and no sinks.
     """
     VALUES: tl.constexpr = (D + BV - 1) // BV
     index = tl.program_id(0)
@@ -49,8 +68,12 @@ def scan_kernel(
     index = index // VALUES
     head = index % STATE_HEADS
     index = index // STATE_HEADS
-    segment = index % SEGMENTS
-    sequence = index // SEGMENTS
+    if TOTALS:  # nobody asks for the sum of the last segment; running backwards, of the first
+        segment = index % (SEGMENTS - 1) + BACKWARDS
+        sequence = index // (SEGMENTS - 1)
+    else:
+        segment = index % SEGMENTS
+        sequence = index // SEGMENTS
     if TABLE:
         row = tl.load(sequences_ptr + sequence * 4).to(tl.int64)
         low = tl.load(sequences_ptr + sequence * 4 + 1)
@@ -73,24 +96,25 @@ def scan_kernel(
     inside_v = value < D
     # One state: [D, BF] values by features; one mass: [BF].
     tile = value[:, None] * BF + feature[None, :]
-    size: tl.constexpr = D * BF
     chunk = (sequence.to(tl.int64) * STATE_HEADS + head) * PARTS + part  # of first and last
     state = tl.zeros([BV, BF], tl.float32)
     mass = tl.zeros([BF], tl.float32)
     if FIRST:
-        state += tl.load(first_ptr + chunk * size + tile, mask=inside_v[:, None], other=0.0)
-        mass += tl.load(first_mass_ptr + chunk * BF + feature)
+        state, mass = add_state(state, mass, first_ptr, first_mass_ptr, chunk, tile, inside_v, D, BF)
     if not TOTALS:
         # The other segments' sums, those before this one; running backwards, those after it.
         start = segment + 1 if BACKWARDS else segment * 0
         stop = SEGMENTS if BACKWARDS else segment
         for other in range(start, stop):
             at = ((sequence * SEGMENTS + other).to(tl.int64) * STATE_HEADS + head) * PARTS + part
-            state += tl.load(part_ptr + at * size + tile, mask=inside_v[:, None], other=0.0)
-            mass += tl.load(part_mass_ptr + at * BF + feature)
+            state, mass = add_state(state, mass, part_ptr, part_mass_ptr, at, tile, inside_v, D, BF)
     side = 1.0 - 2.0 * part if PARTS == 2 else 1.0
     if GROUP == 1 and MAP != SOFTMAX and MAP != PRECOMPUTED:
         kept = load_matrix(weight_ptr + head.to(tl.int64) * D * F, F, D, BD, F, BF)
+        kept = (kept * side).to(kept.dtype)  # the second part's map is that of -W
+    if BY_DOT:
+        top = tl.arange(0, 16)[:, None] == 0
+        sums = tl.where(top, mass[None, :], 0.0)  # the mass is its first row
 
     for step in range(0, (end - begin) * GROUP):
         offset = step // GROUP
@@ -100,7 +124,11 @@ def scan_kernel(
         source = number + LAG if BACKWARDS else number - LAG
         start_t = low + source * C
         t = start_t + token
-        live = (t >= low) & (t < high)
+        if EVEN:
+            first = tl.zeros([C], tl.int32) + start_t
+            live = (first >= low) & (first < high)  # all of them, or none
+        else:
+            live = (t >= low) & (t < high)
         x_base = x_ptr + row * s_xb + reader.to(tl.int64) * s_xh + start_t.to(tl.int64) * s_xt
         if MAP == PRECOMPUTED:
             column = part * BF + feature
@@ -109,45 +137,54 @@ def scan_kernel(
             ).to(tl.float32)
         else:
             x = load_rows(x_base, live, s_xt, D, BD, C)
-            if GROUP == 1 and MAP != SOFTMAX:
-                y = project(x, kept, bias_ptr, head, F, BF, MAP)
-            elif MAP != SOFTMAX:
-                weight = load_matrix(weight_ptr + reader.to(tl.int64) * D * F, F, D, BD, F, BF)
-                y = project(x, weight, bias_ptr, reader, F, BF, MAP)
-            else:
+            if MAP == SOFTMAX:
                 y = project(x, None, None, reader, F, BF, MAP)
-            phi = features(y * side, MAP, F, BF, 1)
+            elif GROUP == 1:
+                y = tl.dot(x, kept, input_precision="ieee")
+                if bias_ptr is not None:
+                    y += side * tl.load(bias_ptr + head * F + feature, mask=feature < F, other=0.0)[None, :]
+            else:
+                weight = load_matrix(weight_ptr + reader.to(tl.int64) * D * F, F, D, BD, F, BF)
+                y = project(x, weight, bias_ptr, reader, F, BF, MAP) * side
+            phi = features(y, MAP, F, BF, 1)
+        written_rows = live if BACKWARDS or EVEN else live & (t >= low + sinks)
         written = tl.load(
             v_ptr + row * s_vb + giver.to(tl.int64) * s_vh + start_t.to(tl.int64) * s_vt
-            + token[:, None] * s_vt + value[None, :], mask=live[:, None] & inside_v[None, :], other=0.0,
+            + token[:, None] * s_vt + value[None, :], mask=written_rows[:, None] & inside_v[None, :], other=0.0,
         )  # fmt: skip
         if BACKWARDS:
-            at_row = (row * ROW_HEADS + reader) * T + t
+            at_row = (row * ROW_HEADS + reader) * T + start_t
+            if EVEN:
+                at_row = tl.multiple_of(at_row, 16)
+            at_row += token
             scale = tl.load(row_scale_ptr + at_row, mask=live, other=0.0)
             heavy = tl.load(row_mass_ptr + at_row, mask=live, other=0.0)
-            mass += tl.sum(phi * heavy[:, None], 0)
-            phi = phi * scale[:, None]
+            if BY_DOT:
+                heavy = tl.where(scale > 0.0, heavy / scale, 0.0)
         else:
-            live = live & (t >= low + sinks)
-            phi = tl.where(live[:, None], phi, 0.0)
-            mass += tl.sum(phi, 0)
-        state = tl.dot(tl.trans(written), phi.to(written.dtype), state, input_precision="ieee")
+            heavy = ((t >= low + sinks) & (t < high)).to(tl.float32)
+        if not BY_DOT:
+            mass += tl.sum(phi * heavy[:, None], 0)
+        if BACKWARDS:
+            phi = phi * scale[:, None]
+        phi = phi.to(written.dtype)
+        if BY_DOT:  # tensor cores add up a column in fewer steps than threads do
+            sums = tl.dot(tl.where(top, heavy[None, :], 0.0).to(phi.dtype), phi, sums, input_precision="ieee")
+        state = tl.dot(tl.trans(written), phi, state, input_precision="ieee")
         if not TOTALS and step % GROUP == GROUP - 1:
+            if BY_DOT:
+                mass = tl.sum(sums, 0)
             if number < count:
                 at = ((place + number) * STATE_HEADS + head) * PARTS + part
-                tl.store(states_ptr + at * size + tile, state.to(states_ptr.dtype.element_ty), mask=inside_v[:, None])
-                if slice_v == 0:
-                    tl.store(masses_ptr + at * BF + feature, mass)
+                put_state(state, mass, states_ptr, masses_ptr, at, tile, inside_v, slice_v, D, BF)
             if LAST:  # noqa: SIM102 - the first is known when it is compiled
                 if number == final:
-                    tl.store(last_ptr + chunk * size + tile, state, mask=inside_v[:, None])
-                    if slice_v == 0:
-                        tl.store(last_mass_ptr + chunk * BF + feature, mass)
+                    put_state(state, mass, last_ptr, last_mass_ptr, chunk, tile, inside_v, slice_v, D, BF)
     if TOTALS:
+        if BY_DOT:
+            mass = tl.sum(sums, 0)
         at = ((sequence * SEGMENTS + segment).to(tl.int64) * STATE_HEADS + head) * PARTS + part
-        tl.store(part_ptr + at * size + tile, state, mask=inside_v[:, None])
-        if slice_v == 0:
-            tl.store(part_mass_ptr + at * BF + feature, mass)
+        put_state(state, mass, part_ptr, part_mass_ptr, at, tile, inside_v, slice_v, D, BF)
 
 
 def gate_cases(arch: int = 90):  # type: ignore[no-untyped-def]

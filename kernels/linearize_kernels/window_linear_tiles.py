@@ -174,10 +174,9 @@ def features(y, MAP: tl.constexpr, F: tl.constexpr, BF: tl.constexpr, AXIS: tl.c
     elif MAP == RELU:
         phi = tl.maximum(y, RELU_FLOOR)
     else:
-        y = y * LOG2E
         if F != BF:
             y = tl.where(inside, y, float("-inf"))
-        phi = tl.exp2(y - tl.expand_dims(tl.max(y, AXIS), AXIS))
+        phi = tl.exp2(y * LOG2E - tl.expand_dims(tl.max(y, AXIS) * LOG2E, AXIS))
         phi = phi * tl.expand_dims(1.0 / tl.sum(phi, AXIS), AXIS)
         if MAP == HEDGEHOG_SOFTMAX:
             phi = tl.maximum(phi, FLOOR)
@@ -234,13 +233,13 @@ def gate_case(kernel, rows, label, *, absent=(), **constants):  # type: ignore[n
     rows: a row of the tuning table. The other constants are those of LoLCATs on Llama 3's heads, where `constants`
     does not say otherwise.
     """
-    options = {name: rows[name] for name in ("num_warps", "num_stages")}
+    options = {name: rows[name] for name in ("num_warps", "num_stages", "maxnreg") if name in rows}
     usual = {
         "D": 128, "BD": 128, "F": 64, "BF": 64, "PARTS": 2, "C": 64, "MAP": 0, "LAG": 2, "WINDOW": True, "MIX": 0,
         "OWN": True, "KEYS": 4, "STATES": 1, "BZ": 0, "SHARING": 4, "V_SHARING": 4, "GROUP": 1, "ALONE": True,
-        "BACKWARDS": False, "TOTALS": False, "FIRST": False, "LAST": False, "TABLE": False,
+        "EVEN": True, "TEAM": 4, "BACKWARDS": False, "TOTALS": False, "FIRST": False, "LAST": False, "TABLE": False,
     }  # fmt: skip
-    known = usual | {name: rows[name] for name in ("BV", "BN", "BQ") if name in rows} | constants
+    known = usual | {name: rows[name] for name in ("BV", "BN", "BQ", "BY_DOT") if name in rows} | constants
     missing = {"sequences_ptr", "table_ptr", "q_bias_ptr", "k_bias_ptr", "bias_ptr", "bias_grads_ptr", *absent}
     fixed = {name: known[name] for name in kernel.arg_names if name in known}
     fixed |= {name: None for name in kernel.arg_names if name in missing}

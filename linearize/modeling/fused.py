@@ -204,7 +204,7 @@ def far_branch(mixer: Mixer, x: Tokens, *, keep: bool) -> tuple[Tensor, Tensor |
 
 
 def _map_inside(mixer: Mixer, g: Tensor | None) -> bool:
-    """Whether features can be made tile by tile in the op, from queries and keys, and are never written."""
+    """Whether features can be made in the op, from queries and keys, so that no tensor of all of them exists."""
     spec = mixer.spec
     same = spec.key_map == "same" and not spec.own_qk and not spec.dt_gain
     return same and spec.feature_map in INNER_MAPS and (g is None or g.ndim < 4)
@@ -213,8 +213,9 @@ def _map_inside(mixer: Mixer, g: Tensor | None) -> bool:
 def finished(mixer: Mixer, out: Tensor) -> Tensor:
     """What the normaliser does after the op, on [N, H, L, D]: RMSNorm or a factor per head."""
     if mixer.spec.normaliser == "norm":
-        normed = nnf.rms_norm(out, out.shape[-1:], eps=NORM_EPS)
-        return normed * mixer.norm_weight.to(out.dtype)[:, None]
+        # In float32: three roundings more, and gates feel each, for what changes a row's length has no gradient.
+        normed = nnf.rms_norm(out.float(), out.shape[-1:], eps=NORM_EPS)
+        return (normed * mixer.norm_weight.float()[:, None]).to(out.dtype)
     if mixer.spec.normaliser == "scale":
         return out * mixer.linear_scale.to(out.dtype)[:, None, None]
     return out

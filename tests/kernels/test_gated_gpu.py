@@ -74,8 +74,15 @@ def assert_as_good(x: dict, weight: torch.Tensor, exact, ours, low) -> None:
 @pytest.mark.parametrize("decay", ["none", "fixed", "scalar", "channel"])
 @pytest.mark.parametrize(
     ("heads", "length", "features", "values"),
-    # The last has many heads: a fixed decay has one gradient a head, and of two numbers luck decides.
-    [((4, 4, 2), 333, 128, 128), ((4, 2, 1), 130, 64, 64), ((2, 2, 2), 65, 96, 256), ((8, 8, 4), 200, 512, 64)],
+    # The last two have many heads: a fixed decay has one gradient a head, and of two numbers luck decides. From 32
+    # states on, those of a decay per channel are scanned with their outputs.
+    [
+        ((4, 4, 2), 333, 128, 128),
+        ((4, 2, 1), 130, 64, 64),
+        ((2, 2, 2), 65, 96, 256),
+        ((8, 8, 4), 200, 512, 64),
+        ((36, 36, 18), 150, 128, 128),
+    ],
 )
 def test_bfloat16_is_as_good_as_torchs(heads, length, features, values, decay, norm) -> None:
     x = made(decay, heads, length, features, values, norm)
@@ -90,25 +97,37 @@ def test_bfloat16_is_as_good_as_torchs(heads, length, features, values, decay, n
     )
 
 
-@pytest.mark.parametrize("name", ["hedgehog_exp", "hedgehog_softmax", "crelu"])
-@pytest.mark.parametrize(("size", "width"), [(64, 256), (128, 64)])
-def test_maps_inside_are_as_good_as_torchs(name: str, size: int, width: int) -> None:
+def unmapped(heads: tuple[int, int, int], length: int, size: int, width: int, *, biased: bool) -> dict:
+    """Inputs of `mapped_gated_linear`; heads are query, state and key-value heads."""
     draw = torch.Generator().manual_seed(size)
 
     def normal(*shape: int) -> torch.Tensor:
         return torch.randn(*shape, generator=draw)
 
-    biased = name == "hedgehog_exp"
-    x = {
-        "q": normal(2, 4, 300, size),
-        "k": normal(2, 2, 300, size),
-        "v": normal(2, 2, 300, size),
-        "log_decay": nnf.logsigmoid(normal(2, 4, 300) + 3),
-        "q_weight": normal(4, size, width) * size**-0.5,
-        "q_bias": normal(4, width) * 0.3 if biased else None,
-        "k_weight": normal(4, size, width) * size**-0.5,
-        "k_bias": normal(4, width) * 0.3 if biased else None,
+    queries, states, kv = heads
+    return {
+        "q": normal(2, queries, length, size),
+        "k": normal(2, kv, length, size),
+        "v": normal(2, kv, length, size),
+        "log_decay": nnf.logsigmoid(normal(2, states, length) + 3),
+        "q_weight": normal(queries, size, width) * size**-0.5,
+        "q_bias": normal(queries, width) * 0.3 if biased else None,
+        "k_weight": normal(states, size, width) * size**-0.5,
+        "k_bias": normal(states, width) * 0.3 if biased else None,
     }
+
+
+@pytest.mark.parametrize(
+    ("name", "heads", "size", "width"),
+    [
+        *((name, (4, 4, 2), 64, 256) for name in ("hedgehog_exp", "hedgehog_softmax", "crelu")),
+        *((name, (4, 4, 2), 128, 64) for name in ("hedgehog_exp", "hedgehog_softmax", "crelu")),
+        # The recipe pure's: four query heads share a state, of 1024 features a sign.
+        *(("hedgehog_exp", (8, 2, 2), size, 1024) for size in (64, 128)),
+    ],
+)
+def test_maps_inside_are_as_good_as_torchs(name: str, heads: tuple[int, int, int], size: int, width: int) -> None:
+    x = unmapped(heads, 300, size, width, biased=name == "hedgehog_exp")
 
     def low(q, k, v, log_decay, q_weight, q_bias, k_weight, k_bias) -> torch.Tensor:
         fq, fk = map_features(q, q_weight, q_bias, name), map_features(k, k_weight, k_bias, name)
@@ -117,10 +136,54 @@ def test_maps_inside_are_as_good_as_torchs(name: str, size: int, width: int) -> 
     options = {"map": name, "normaliser": "own"}
     assert_as_good(
         x,
-        normal(2, 4, 300, size),
+        torch.randn(2, heads[0], 300, size, generator=torch.Generator().manual_seed(1)),
         lambda **t: mapped_gated_linear(**t, **options, backend="torch"),
         lambda **t: mapped_gated_linear(**t, **options, backend="triton"),
         low,
+    )
+
+
+def test_maps_inside_replay_from_a_graph(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A recorded step gives what the same step gives at once, in slices too."""
+    from linearize_kernels import gated_map_slices
+
+    x = unmapped((8, 4, 4), 200, 64, 256, biased=True)
+    x = {n: t.cuda() if n == "log_decay" else t.cuda().bfloat16() for n, t in x.items()}
+    leaves = {name: t.requires_grad_() for name, t in x.items()}
+    weight = torch.randn(2, 8, 200, 64, device="cuda", dtype=torch.bfloat16)
+
+    def step() -> list[torch.Tensor]:
+        out = mapped_gated_linear(**leaves, normaliser="own", backend="triton")
+        return [out, *torch.autograd.grad(out, list(leaves.values()), weight)]
+
+    right = step()
+    monkeypatch.setattr(gated_map_slices, "gated_map_slice", lambda capability: 1)
+    side = torch.cuda.Stream()
+    side.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(side):
+        step()
+    torch.cuda.current_stream().wait_stream(side)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        found = step()
+    for t in found:
+        t.detach().zero_()
+    graph.replay()
+    for got, want in zip(found, right):
+        assert float((got - want).norm() / want.norm()) < 5e-3
+
+
+def test_channels_that_forget_much_beside_others() -> None:
+    x = made("channel", (16, 16, 16), 150, 128, 128, False)
+    x["log_decay"] = x["log_decay"].clone()
+    x["log_decay"][..., 64:] -= 20.0
+    weight = torch.randn(2, 16, 150, 128, generator=torch.Generator().manual_seed(1))
+    assert_as_good(
+        x,
+        weight,
+        lambda **t: gated_linear(**t, backend="torch"),
+        lambda **t: gated_linear(**t, backend="triton"),
+        lambda **t: torch_low(**t, norm=False),
     )
 
 

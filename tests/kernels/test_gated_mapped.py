@@ -87,6 +87,46 @@ def test_query_heads_share_a_state_and_features_take_several_tiles(name: str) ->
 
 
 @pytest.mark.usefixtures("interpreter")
+@pytest.mark.parametrize(("held", "slices"), [(1, [(1, 1)] * 4), (3 << 14, [(1, 2)] * 2), (1 << 30, [(2, 2)])])
+def test_slices_are_parts_of_one_call(held: int, slices: list[tuple[int, int]], monkeypatch) -> None:
+    """Key-value heads one by one, rows of the batch one by one, and all at once."""
+    from linearize_kernels import gated_map_slices
+
+    seen = []
+    found = gated_map_slices.sliced
+
+    def sliced(*known, **options):
+        parts = found(*known, **options)
+        seen.append([(plan.batch, plan.kv_heads) for plan, _ in parts])
+        return parts
+
+    monkeypatch.setattr(gated_map_slices, "gated_map_slice", lambda capability: held)
+    monkeypatch.setattr(gated_map_slices, "sliced", sliced)
+    x = made("hedgehog_exp", heads=(4, 2, 2), batch=2, length=18, size=8, values=8, width=16, norm=True)
+    compare(x, normaliser="own")
+    assert seen[-1] == slices
+
+
+@pytest.mark.usefixtures("interpreter")
+def test_a_scan_in_segments_is_one_scan(monkeypatch) -> None:
+    from linearize_kernels import gated_map_scan_triton as scans
+
+    monkeypatch.setattr(scans, "WORTHWHILE", 2)
+    monkeypatch.setattr(scans, "LEAST_SEGMENT", 1)
+    grids = []
+    kernel = scans.map_scan_kernel
+
+    class Seen:
+        def __getitem__(self, grid: tuple[int, ...]):
+            grids.append(grid[1])
+            return kernel[grid]
+
+    monkeypatch.setattr(scans, "map_scan_kernel", Seen())
+    compare(made("hedgehog_exp", heads=(2, 1, 1), length=40, norm=True), normaliser="own")
+    assert grids == [2, 3] * 3  # all but the last segment, then all: forwards, again, and backwards
+
+
+@pytest.mark.usefixtures("interpreter")
 def test_exponents_stop_at_their_limit() -> None:
     """Beyond it features are constant, and their gradient is nothing."""
     compare(made("hedgehog_exp", heads=(1, 1, 1), norm=True, steep=9.0), normaliser="own")

@@ -81,6 +81,8 @@ def test_kernels_are_the_definition(decay: str, normaliser: str) -> None:
 @pytest.mark.parametrize("length", [1, 16, 33])
 def test_lengths_at_the_edges_of_chunks(length: int, decay: str) -> None:
     compare(made(decay, length=length, batch=2, heads=(1, 1, 1), norm=True), normaliser="own")
+    if decay == "channel":  # states and outputs in one scan
+        compare(made(decay, length=length, batch=2, heads=(1, 1, 1)))
 
 
 @pytest.mark.parametrize("normaliser", ["none", "own"])
@@ -97,6 +99,17 @@ def test_packed_sequences_are_each_alone(decay: str, lag: bool) -> None:
     bounds = torch.tensor([0, 19, 19, 20, 45])
     x = made(decay, length=45, norm=True, sequences=4)
     compare(x, normaliser="own", lag=lag, chunk=16, cu_seqlens=bounds)
+    if decay == "channel" and not lag:
+        compare(made(decay, length=45, heads=(2, 2, 1), sequences=4, values=24), cu_seqlens=bounds)
+
+
+@pytest.mark.parametrize("heads", [(2, 2, 1), (2, 1, 1)])
+def test_channels_that_forget_much_beside_others(heads: tuple[int, int, int]) -> None:
+    """Tiles of features go their own ways; one query head a state, which is scanned with its outputs, and two."""
+    x = made("channel", heads=heads, length=50, features=40)
+    x["log_decay"] = x["log_decay"].clone()
+    x["log_decay"][..., 35:] -= STRONG
+    compare(x)
 
 
 @pytest.mark.parametrize("decay", ["fixed", "scalar", "channel"])
@@ -111,9 +124,10 @@ def test_segments_of_a_long_scan(decay: str) -> None:
     compare(made(decay, length=16 * 13 - 3, heads=(1, 1, 1), features=80, norm=True), normaliser="own")
 
 
-def test_views_are_read_by_their_strides() -> None:
+@pytest.mark.parametrize("decay", ["scalar", "channel"])
+def test_views_are_read_by_their_strides(decay: str) -> None:
     """[B, T, H, D] transposed, as a model gives it; the output lies as the output projection wants it."""
-    x = made("scalar", batch=2, heads=(2, 2, 1))
+    x = made(decay, batch=2, heads=(2, 2, 1))
     given = {name: x[name].float() for name in ("q", "k", "v")}
     turned = {name: t.transpose(1, 2).contiguous().transpose(1, 2) for name, t in given.items()}
     g = x["log_decay"].float()
@@ -135,14 +149,15 @@ def test_a_state_of_the_middle_continues_the_sequence() -> None:
     torch.testing.assert_close(state, last, rtol=1e-5, atol=1e-5)
 
 
-def test_the_operator_passes_torchs_own_checks() -> None:
+@pytest.mark.parametrize("norm", [False, True])
+def test_the_operator_passes_torchs_own_checks(norm: bool) -> None:
     """Schema, fake tensors and autograd registration: what torch.compile relies on."""
     from linearize_kernels.gated_triton import gated_linear_op
 
-    x = made("channel", length=17, norm=True)
+    x = made("channel", length=17, norm=norm)
     q, k, v, g, state = (x[n].float().requires_grad_() for n in ("q", "k", "v", "log_decay", "state"))
     tests = ("test_schema", "test_autograd_registration", "test_faketensor")
-    torch.library.opcheck(gated_linear_op, (q, k, v, g, state, None, 1.0, True, 0, True), test_utils=tests)
+    torch.library.opcheck(gated_linear_op, (q, k, v, g, state, None, 1.0, norm, 0, True), test_utils=tests)
 
 
 @pytest.mark.parametrize(

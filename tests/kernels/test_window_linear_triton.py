@@ -118,11 +118,12 @@ def test_the_reference_is_the_definition(mix: str, coverage: str) -> None:
         ((2, 1), 16, {}),
         ((3, 1), 50, {"size": 24}),
         ((4, 2), 35, {"shared_state": True}),
+        ((4, 2), 96, {}),
         ((1, 1), 97, {"batch": 2, "width": 20}),
     ],
 )
 def test_shared_mix(heads: tuple[int, int], length: int, more: dict[str, Any]) -> None:
-    """LoLCATs, in odd sizes; 97 tokens are enough for the scan to be cut into segments."""
+    """LoLCATs, in odd sizes and in whole blocks; 97 tokens are enough for the scan to be cut into segments."""
     compare(tensors(heads=heads, length=length, **more), window=16)
 
 
@@ -145,6 +146,7 @@ def test_alignment_alone(mix: str) -> None:
         ("hedgehog_exp", "shared", {"width": 20}, {}),
         ("relu", "gate", {}, {}),
         ("softmax", "mass", {}, {}),
+        ("hedgehog_softmax", "mass", {"length": 48}, {}),
         ("precomputed", "shared", {"width": 20}, {}),
         ("hedgehog_softmax", "sum", {}, {"normaliser": "none", "window_weight": 0.3}),
         ("hedgehog_softmax", "gate", {"shared_state": True, "heads": (4, 2)}, {"coverage": "all"}),
@@ -205,8 +207,8 @@ def test_the_op_keeps_its_promises_to_the_compiler() -> None:
         None, None, None, None, None, 2, "hedgehog_softmax", 16, 2, "shared", True, 0.3, 0.5, 0, True,
     )  # fmt: skip
     checks = ("test_schema", "test_faketensor", "test_autograd_registration")
-    for maps_only in (False, True):
-        torch.library.opcheck(window_linear_op, (*arguments, maps_only), test_utils=checks)
+    for keep, maps_only in ((False, False), (True, False), (True, True)):
+        torch.library.opcheck(window_linear_op, (*arguments, keep, maps_only), test_utils=checks)
 
 
 def test_what_it_refuses() -> None:
