@@ -9,14 +9,14 @@ tokens/s of a whole answer: batch x 256 / (batch x prefill of one + 256 steps).
 from __future__ import annotations
 
 import gc
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from typing import Any
 
 import torch
 import torch.nn.functional as nnf
 from torch import Tensor, nn
 
-from benchmarks.kernels_rows import Row
+from benchmarks.kernels_rows import Key, Row, failure
 
 NEW = 256
 CONTEXTS = (2048, 32768, 131072)
@@ -53,7 +53,7 @@ def random_model(build: Callable[[], nn.Module], device: str) -> Any:
     default = torch.get_default_dtype()
     torch.set_default_dtype(torch.bfloat16)
     try:
-        with no_init_weights():
+        with no_init_weights(), torch.device(device):  # on the card at once: the host need not hold it
             model = build().eval().requires_grad_(False)
     finally:
         torch.set_default_dtype(default)
@@ -240,14 +240,22 @@ def captured(run: Callable[[], Any]) -> torch.cuda.CUDAGraph:
     return graph
 
 
-def measure_runner(runner: Any, known: set[tuple[str, ...]], contexts: tuple[int, ...] = CONTEXTS) -> Iterator[Row]:
+def answer_of(name: str, context: int) -> Key:
+    """The measurement that stands for all of a model at a context."""
+    return ("model", name, f"{context} + {NEW}", "answer")
+
+
+KEYS = tuple(answer_of(name, context) for name in ("linearize", "softmax") for context in CONTEXTS)
+
+
+def measure_runner(runner: Any, wanted: Collection[Key], contexts: tuple[int, ...] = CONTEXTS) -> Iterator[Row]:
     """Rows of one model: prefill, step at each batch, and the whole answer at the largest batch."""
     weights = torch.cuda.memory_allocated()
     total = torch.cuda.get_device_properties(0).total_memory
     for context in contexts:
-        if ("model", runner.name, f"{context} + {NEW}", "answer") in known:
+        if answer_of(runner.name, context) not in wanted:
             continue
-        base = {"op": "model", "implementation": runner.name, "context": context, "ms": None}
+        base = {"op": "model", "implementation": runner.name, "context": context, "status": "ok", "note": ""}
         rows = max(1, 16384 // context)
         ids = torch.randint(0, runner.config.vocab_size, (rows, context), device=runner.device)
         try:
@@ -278,9 +286,8 @@ def measure_runner(runner: Any, known: set[tuple[str, ...]], contexts: tuple[int
                 "shape": f"{context} + {NEW}", "pass": "answer", "batch": largest, "ms": whole,
                 "tokens_per_s": 1e3 * largest * NEW / whole, "note": "from prefill of one and the step",
             }  # fmt: skip
-        except torch.OutOfMemoryError as error:
-            note = str(error).partition(".")[0]
-            yield base | {"shape": f"at {context}", "pass": "decode", "note": note}
+        except Exception as error:  # the next context is to be measured all the same
+            yield failure(answer_of(runner.name, context), error)
         finally:
             runner.free()
             gc.collect()
@@ -302,11 +309,13 @@ def decode_ms(runner: Any, batch: int, context: int) -> float:
 
 
 @torch.no_grad()
-def model_rows(known: set[tuple[str, ...]]) -> Iterator[Row]:
+def model_rows(wanted: Collection[Key]) -> Iterator[Row]:
     """Rows of both models, one after the other on the same card."""
     for build in (LinearRunner, SoftmaxRunner):
+        if not any(key[1] == build.name for key in wanted):
+            continue
         runner: Any = build(llama_config(), "cuda")
-        yield from measure_runner(runner, known)
+        yield from measure_runner(runner, wanted)
         del runner
         gc.collect()
         torch.cuda.empty_cache()

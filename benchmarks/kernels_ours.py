@@ -41,7 +41,6 @@ def layer(shape: Shape, device: str) -> Subject:
         reference=reference.window_and_linear(shape, "block"),
         maps=("wq", "wk", "logit"),
         maps_forward=lambda: run("maps"),
-        passes=("forward", "both", "maps"),
     )
 
 
@@ -124,6 +123,5 @@ def pure_layer(shape: Shape, device: str) -> Subject:
         leaves=x | weights,
         reference=exact,
         maps=tuple(weights),
-        passes=("forward", "both", "maps"),
         note="gates and maps of the recipe included",
     )

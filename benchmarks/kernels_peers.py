@@ -6,6 +6,7 @@ give them: heads repeated where they know no groups, layouts as they want them, 
 
 from __future__ import annotations
 
+from functools import cache
 from typing import Any
 
 import torch
@@ -53,16 +54,27 @@ _COMPILED: dict[str, Any] = {}
 
 
 def _compiled(name: str, function: Any) -> Any:
-    """torch.compile, once for all shapes of a process: sizes are taken as they come."""
+    """torch.compile, once a process, anew for every size and every set of tensors that want a gradient."""
     if name not in _COMPILED:
+        # Beyond its limit torch would go on uncompiled, and flex_attention would write every score.
+        torch._dynamo.config.recompile_limit = 64
         _COMPILED[name] = torch.compile(function, dynamic=False)
     return _COMPILED[name]
 
 
 def _flex(shape: Shape, kind: str, device: str) -> Any:
-    from torch.nn.attention.flex_attention import create_block_mask, flex_attention
+    """flex_attention over a window, as a function of q, k, v."""
+    from torch.nn.attention.flex_attention import flex_attention
 
-    width = shape.window
+    mask = _mask(kind, shape.length, shape.window, device)
+    run = _compiled("flex", flex_attention)
+    return lambda q, k, v, **options: run(q, k, v, block_mask=mask, **options)
+
+
+@cache
+def _mask(kind: str, length: int, width: int, device: str) -> Any:
+    """flex's mask of a window; kept, for making it takes a [T, T] tensor, and another one would be compiled anew."""
+    from torch.nn.attention.flex_attention import create_block_mask
 
     def block(b: Tensor, h: Tensor, i: Tensor, j: Tensor) -> Tensor:
         return (j <= i) & (i // width - j // width <= 1)
@@ -70,10 +82,7 @@ def _flex(shape: Shape, kind: str, device: str) -> Any:
     def sliding(b: Tensor, h: Tensor, i: Tensor, j: Tensor) -> Tensor:
         return (j <= i) & (i - j < width)
 
-    length = shape.length
-    mask = create_block_mask(block if kind == "block" else sliding, None, None, length, length, device=device)
-    run = _compiled("flex", flex_attention)
-    return lambda q, k, v, **options: run(q, k, v, block_mask=mask, **options)
+    return create_block_mask(block if kind == "block" else sliding, None, None, length, length, device=device)
 
 
 def composed(shape: Shape, device: str) -> Subject:
@@ -104,7 +113,6 @@ def composed(shape: Shape, device: str) -> Subject:
         reference=_composed_reference(shape),
         maps=("wq", "wk", "logit"),
         note="sliding window, normalised before the merge",
-        passes=("forward", "both", "maps"),
     )
 
 

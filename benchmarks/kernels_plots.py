@@ -1,9 +1,10 @@
-"""Plots of kernel measurements: time against context, memory against context, decode speed against batch.
+"""Plots of kernel measurements: time against context, memory against context, decode against batch.
 
     python -m benchmarks.kernels --plot benchmarks/results/kernels.jsonl --to docs/plots [--format svg]
 
-Writes kernels-time, kernels-memory and kernels-decode. Needs `pip install matplotlib`. A plot whose rows are not in
-the file is not drawn. The machine with the most rows is drawn, and named.
+Writes kernels-time (a layer), kernels-memory (a layer; a model's cache) and kernels-decode (one token of a layer; a
+model's tokens a second). Needs `pip install matplotlib`. A plot or a panel whose rows are not in the file is left out.
+The machine with the most rows is drawn, and named.
 """
 
 from __future__ import annotations
@@ -21,11 +22,19 @@ COLOURS = {
     "SDPA cuDNN": "#1f4e79",
     "SDPA flash": "#9bb7d4",
     "composed": "#3a7d44",
+    "linearize, block end": "#f0c48a",
+    "linearize pure": "#a23b72",
+    "linearize pure, block end": "#d9a5c2",
     "fla fused_recurrent": "#3a7d44",
     "softmax": "#1f4e79",
+    "SDPA after 2k": "#9bb7d4",
+    "SDPA after 32k": "#4f81b3",
+    "SDPA after 128k": "#1f4e79",
 }
-OTHERS = ("#a23b72", "#7a5c3e", "#5b5ea6", "#2a9d8f")
+OTHERS = ("#7a5c3e", "#5b5ea6", "#2a9d8f", "#a23b72")
 GREY = "#555555"
+MANY = 5
+"""Lines that leave room for their names inside a panel."""
 Point = tuple[float, float]
 
 
@@ -63,11 +72,14 @@ def pick_rows(rows: Sequence[Row], op: str, which: str) -> list[Row]:
 def draw_lines(axes: Any, lines: Mapping[str, Sequence[Point]], *, x: str, y: str, title: str) -> None:
     """One line an implementation, both axes logarithmic."""
     spare = iter(OTHERS)
-    for name, points in lines.items():
+    from matplotlib.ticker import LogLocator
+
+    for name, points in sorted(lines.items(), key=lambda line: -line[1][-1][1]):
         colour = COLOURS.get(name) or next(spare, GREY)
         axes.plot(*zip(*points, strict=True), marker="o", markersize=4, linewidth=1.6, color=colour, label=name)
     axes.set_xscale("log", base=2)
     axes.set_yscale("log")
+    axes.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
     axes.yaxis.set_major_formatter("{x:g}")
     axes.yaxis.set_minor_formatter("")
     ticks = sorted({point[0] for points in lines.values() for point in points})
@@ -78,7 +90,25 @@ def draw_lines(axes: Any, lines: Mapping[str, Sequence[Point]], *, x: str, y: st
     axes.grid(alpha=0.25, which="both", linewidth=0.5)
     for side in ("top", "right"):
         axes.spines[side].set_visible(False)
-    axes.legend(frameon=False, fontsize=8)
+    beside = {"loc": "center left", "bbox_to_anchor": (1.0, 0.5)} if len(lines) > MANY else {}
+    axes.legend(frameon=False, fontsize=8, **beside)
+
+
+def step_name(row: Row) -> str:
+    """Whose step it is, and after how many tokens where that matters."""
+    if row["implementation"] == "SDPA":
+        return f"SDPA after {row['context'] // 1024}k"
+    return row["implementation"] + (", block end" if row["pass"] == "block end" else "")
+
+
+def steps(rows: Sequence[Row]) -> list[Row]:
+    """Steps of a layer, named by `step_name`; after the most tokens, where the name does not tell."""
+    found = [row for row in rows if row["op"] == "decode" and row.get("ms") is not None]
+    most: dict[tuple[str, int], Row] = {}
+    for row in sorted(found, key=lambda r: r["context"]):
+        name = step_name(row)
+        most[name, row["batch"]] = row | {"implementation": name}
+    return list(most.values())
 
 
 def panels(rows: Sequence[Row]) -> dict[str, list[dict[str, Any]]]:
@@ -91,7 +121,9 @@ def panels(rows: Sequence[Row]) -> dict[str, list[dict[str, Any]]]:
                 "lines": series(pick_rows(rows, "layer", which), context_of, lambda r: r["ns_per_token_head"]),
                 "x": "context, tokens", "y": "ns a token and head", "title": title,
             }
-            for which, title in (("forward", "Forward"), ("both", "Forward and backward"))
+            for which, title in (
+                ("forward", "Forward"), ("both", "Forward and backward"), ("maps", "Forward, maps' gradients alone")
+            )
         ],
         "kernels-memory": [
             {
@@ -108,9 +140,14 @@ def panels(rows: Sequence[Row]) -> dict[str, list[dict[str, Any]]]:
         ],
         "kernels-decode": [
             {
+                "lines": series(steps(rows), lambda r: r["batch"], lambda r: 1e3 * r["ms"]),
+                "x": "batch", "y": "microseconds", "title": "One token of one layer",
+            },
+        ] + [
+            {
                 "lines": series([r for r in decode if r["context"] == context], lambda r: r["batch"],
                                 lambda r: r["tokens_per_s"]),
-                "x": "batch", "y": "tokens/s", "title": f"Decode after {context // 1024}k tokens",
+                "x": "batch", "y": "tokens/s", "title": f"A whole model's decode after {context // 1024}k tokens",
             }
             for context in contexts
         ],
@@ -132,7 +169,7 @@ def draw(rows: Sequence[Row], folder: Path, kind: str) -> list[Path]:
     chosen = [row for row in chosen if row["machine"] == machine]
     wanted = panels(chosen)
     if not wanted:
-        sys.exit("no plot can be drawn from these rows: they need the ops layer or model")
+        sys.exit("no plot can be drawn from these rows: they need the ops layer, decode or model")
     try:
         import matplotlib
     except ImportError:
@@ -143,13 +180,15 @@ def draw(rows: Sequence[Row], folder: Path, kind: str) -> list[Path]:
     folder.mkdir(parents=True, exist_ok=True)
     paths = []
     for name, found in wanted.items():
-        figure, axes = plt.subplots(1, len(found), figsize=(4.6 * len(found), 3.6), squeeze=False)
-        for place, panel in zip(axes[0], found, strict=True):
+        columns = 2 if len(found) == 4 else len(found)
+        rows_of_panels = -(-len(found) // columns)
+        size = (4.6 * columns, 3.6 * rows_of_panels)
+        figure, axes = plt.subplots(rows_of_panels, columns, figsize=size, squeeze=False, layout="constrained")
+        for place, panel in zip(axes.flat, found, strict=False):
             draw_lines(place, **panel)
         versions = chosen[-1]["versions"]
         words = f"{machine}, torch {versions.get('torch')}, Triton {versions.get('triton')}, bfloat16"
-        figure.text(0.99, 0.01, words, ha="right", va="bottom", fontsize=6.5, color=GREY)
-        figure.tight_layout(rect=(0, 0.03, 1, 1))
+        figure.supxlabel(words, x=0.99, ha="right", fontsize=6.5, color=GREY)
         paths.append(folder / f"{name}.{kind}")
         figure.savefig(paths[-1], dpi=160)
         plt.close(figure)

@@ -5,14 +5,14 @@ Shapes: B batch, H query heads, K kv heads, T tokens, D head channels, F feature
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field, replace
+from collections.abc import Callable
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 
 CHECKED = 512
-"""Tokens of the check: eight blocks (some peers want multiples of 128)."""
+"""Tokens that a check compares."""
 FORWARD_ERROR, GRADIENT_ERROR = 1e-2, 3e-2
 """Relative RMSE against float64 that bfloat16 products may have; an op beyond it is not timed."""
 
@@ -63,7 +63,21 @@ class Subject:
     maps: tuple[str, ...] = ()
     maps_forward: Callable[[], Tensor] | None = None
     note: str = ""
-    passes: Sequence[str] = field(default=("forward", "both"))
+
+    def trained(self, which: str) -> tuple[str, ...]:
+        """Leaves that a pass takes gradients for: none going forward, all in "both", the maps' in "maps"."""
+        return {"forward": (), "both": tuple(self.leaves), "maps": self.maps}[which]
+
+    def run(self, which: str, upstream: Callable[[Tensor], Tensor]) -> tuple[Tensor, tuple[Tensor | None, ...]]:
+        """The output, and the gradients of `trained` for upstream(output)."""
+        names = self.trained(which)
+        for name, x in self.leaves.items():
+            x.requires_grad_(name in names)
+        if not names:
+            with torch.no_grad():
+                return self.forward(), ()
+        out = (self.maps_forward if which == "maps" and self.maps_forward is not None else self.forward)()
+        return out, torch.autograd.grad(out, [self.leaves[name] for name in names], upstream(out), allow_unused=True)
 
 
 Build = Callable[[Shape, str], Subject]
@@ -94,47 +108,46 @@ def relative_error(found: Tensor, wanted: Tensor) -> float:
     return float(difference) if bool(difference.isfinite()) else float("inf")
 
 
-def check(build: Build, shape: Shape, device: str = "cuda", *, backward: bool = True) -> str | None:
-    """What is wrong with an implementation's output and gradients at a short length, or None.
+def part(full: Tensor, like: Tensor) -> Tensor:
+    """Of a tensor at a timed shape, what a run over its last sequence's first tokens has, whose tensor is `like`."""
+    full = full.detach()
+    return full if full.shape == like.shape else full[-1:][tuple(slice(size) for size in like.shape)]
 
-    Against float64, from the same rounded inputs.
+
+def check(build: Build, shape: Shape, device: str, which: str) -> str | None:
+    """What is wrong with an implementation's output and gradients at the shape that is timed, or None.
+
+    Held against float64 from the same rounded inputs: the last sequence's first CHECKED tokens, whose outputs do not
+    depend on later tokens, and the gradients of a loss that reads these alone.
     """
-    subject = build(replace(shape, batch=1, length=CHECKED), device)
-    exact = {name: x.detach().double().requires_grad_() for name, x in subject.leaves.items()}
-    wanted, found = subject.reference(exact), subject.forward()
-    error = relative_error(found, wanted)
+    whole = build(shape, device)
+    short = build(replace(shape, batch=1, length=min(CHECKED, shape.length)), device)
+    names = whole.trained(which)
+    exact = {
+        name: part(x, short.leaves[name]).double().requires_grad_(name in names) for name, x in whole.leaves.items()
+    }
+    wanted = short.reference(exact)
+    upstream = drawn(*wanted.shape, device=device, seed=9)
+
+    def early(out: Tensor) -> Tensor:
+        full = torch.zeros(out.shape, dtype=out.dtype, device=out.device)
+        full[-1:, :, : wanted.shape[2]] = upstream.to(out.dtype)
+        return full
+
+    found, ours = whole.run(which, early)
+    if not bool(found.isfinite().all()):
+        return "output is not finite"
+    error = relative_error(found[-1:, :, : wanted.shape[2]], wanted)
     if not error <= FORWARD_ERROR:
         return f"output off by {error:.1e}"
-    if not backward or "both" not in subject.passes:
-        return None
-    upstream = drawn(*wanted.shape, device=device, seed=9)
-    theirs = torch.autograd.grad(wanted, list(exact.values()), upstream.double(), allow_unused=True)
-    ours = torch.autograd.grad(found, list(subject.leaves.values()), upstream.to(found.dtype), allow_unused=True)
-    for name, a, b in zip(subject.leaves, ours, theirs, strict=True):
+    rounded = upstream.to(found.dtype).double()
+    theirs = torch.autograd.grad(wanted, [exact[n] for n in names], rounded, allow_unused=True) if names else ()
+    for name, a, b in zip(names, ours, theirs, strict=True):
         if a is None or b is None:
             if a is not b:
                 return f"gradient of {name}: only one side has one"
             continue
-        error = relative_error(a, b)
+        error = relative_error(part(a, b), b)
         if not error <= GRADIENT_ERROR:
             return f"gradient of {name} off by {error:.1e}"
     return None
-
-
-def check_prefix(build: Build, shape: Shape, output: Tensor, device: str) -> str | None:
-    """Whether the output at the timed shape is finite, and its last row's first tokens are those of a short run.
-
-    Outputs do not depend on later tokens, so a short float64 run tells what a long one must begin with.
-    """
-    if not bool(output.isfinite().all()):
-        return "output is not finite"
-    whole = build(shape, device)
-    short = build(replace(shape, batch=1, length=min(CHECKED, shape.length)), device)
-    exact: dict[str, Tensor] = {}
-    for name, x in short.leaves.items():
-        full = whole.leaves[name].detach()
-        if full.shape != x.shape:  # has a batch, first, and tokens somewhere
-            full = full[-1:][tuple(slice(size) for size in x.shape)]
-        exact[name] = full.double()
-    error = relative_error(output[-1:, :, :CHECKED], short.reference(exact))
-    return None if error <= FORWARD_ERROR else f"output of the timed run off by {error:.1e}"
