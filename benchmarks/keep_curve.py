@@ -100,6 +100,7 @@ def rank(arguments: argparse.Namespace) -> dict[str, Any]:
 def run(point: Point, arguments: argparse.Namespace) -> dict[str, Any]:
     """One point: convert, audit, forget the weights unless asked to keep them."""
     import linearize
+    from linearize.convert.early import begun
 
     out, done = arguments.out / point.name, arguments.out / f"{point.name}.json"
     if done.is_file():
@@ -109,7 +110,12 @@ def run(point: Point, arguments: argparse.Namespace) -> dict[str, Any]:
         shutil.rmtree(out, ignore_errors=True)  # stopped between the last two files
         overrides = [*arguments.overrides, f"keep_softmax=[{','.join(map(str, point.layers))}]"]
         report = linearize.convert(
-            arguments.teacher, out, recipe=arguments.recipe, data=arguments.data, overrides=overrides, resume=True
+            arguments.teacher,
+            out,
+            recipe=arguments.recipe,
+            data=arguments.data,
+            overrides=overrides,
+            resume=begun(out),
         )
         _write(report_file, report)
     report = json.loads(report_file.read_text())

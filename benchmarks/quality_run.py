@@ -94,6 +94,7 @@ def convert_and_measure(job: dict[str, Any]) -> list[dict[str, Any]]:
 def convert(job: dict[str, Any], out: Path) -> tuple[dict[str, Any], dict[str, Any]]:
     """The report of the conversion and {seconds, slices} of all slices it took; finished ones are not run again."""
     import linearize
+    from linearize.convert.early import begun
     from linearize.recipe import recipe_from_dict
 
     done, book = out.with_name(out.name + ".convert.json"), out.with_name(out.name + ".spent.json")
@@ -104,7 +105,8 @@ def convert(job: dict[str, Any], out: Path) -> tuple[dict[str, Any], dict[str, A
     recipe = recipe_from_dict(job["rows"][0]["recipe"], source=job["rows"][0]["name"])
     begin = time.monotonic()
     try:
-        report = linearize.convert(job["teacher"], out, recipe=recipe, data=job["data"], resume=True, progress=Lines())
+        given = {"recipe": recipe, "data": job["data"], "resume": begun(out), "progress": Lines()}
+        report = linearize.convert(job["teacher"], out, **given)
         _write(done, report)
         return report, spent
     finally:

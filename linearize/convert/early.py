@@ -113,13 +113,18 @@ def require_no_run(out: Path) -> None:
         raise unfinished(path)
 
 
+def begun(out: Path) -> bool:
+    """Whether a conversion into `out` was begun and has not ended: what a resume can go on from."""
+    return os.path.lexists(run_folder(out))
+
+
 def require_run(out: Path) -> None:
     """Refuse early to resume what was never begun. A run that was killed before its first checkpoint was begun.
 
     Raises:
         UsageError: no run folder of `out` lies there.
     """
-    if os.path.lexists(run_folder(out)):
+    if begun(out):
         return
     beside = [path.name for path in out.parent.glob(f".*{RUN}")] if out.parent.is_dir() else []
     near = did_you_mean(out.name, (name[1 : -len(RUN)] for name in beside))
