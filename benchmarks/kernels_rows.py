@@ -131,14 +131,21 @@ def latest(rows: Iterable[Row]) -> dict[Key, Row]:
 
 
 def settled(path: Path) -> set[Key]:
-    """Measurements that need not be taken again: same machine, sources and versions, with a figure or without hope."""
+    """Measurements that need not be taken again: same machine, sources and versions, with a figure or without hope.
+
+    A package that only one of the two has, such as a peer installed since, does not make a figure old.
+    """
     here = environment()
-    return {
-        key_of(row)
-        for row in read(path)
-        if (row.get("ms") is not None or row.get("status") in FINAL)
-        and all(row.get(name) == here[name] for name in ("machine", "sources", "versions"))
-    }
+
+    def known(row: Row) -> bool:
+        if any(row.get(name) != here[name] for name in ("machine", "sources")):
+            return False
+        then, now = row.get("versions", {}), here["versions"]
+        if row.get("ms") is not None:
+            return all(then[name] == now[name] for name in then.keys() & now.keys())
+        return row.get("status") in FINAL and then == now
+
+    return {key_of(row) for row in read(path) if known(row)}
 
 
 def figure(row: Row) -> str:

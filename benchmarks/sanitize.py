@@ -34,11 +34,11 @@ PLACES = ("/usr/local/cuda/bin", "/opt/cuda/bin")
 """Where CUDA is installed by default."""
 FLAGS = ("--print-limit", "20", "--show-backtrace", "no", "--report-api-errors", "no")
 SUMMARY = {
-    "memcheck": re.compile(r"ERROR SUMMARY: (\d+) error"),
-    "racecheck": re.compile(r"RACECHECK SUMMARY: (\d+) hazard"),
+    "memcheck": re.compile(r"ERROR SUMMARY: (\d+) errors?$", re.MULTILINE),  # another line counts those not printed
+    "racecheck": re.compile(r"RACECHECK SUMMARY: (\d+) hazards? displayed"),
 }
 FINDING = re.compile(r"^=+ ((?:Invalid|Misaligned|Error|Warning|Race|Out-of|Fatal|Program hit).*)$", re.MULTILINE)
-SHARE = 0.4
+SHARE = 0.5
 """Of the time, that the first runs, without a tool, may take."""
 
 
@@ -53,15 +53,14 @@ def verdict(tool: str, said: str, code: int | None) -> tuple[str, str]:
     """State and first words of what a tool said; `code` is None where it was stopped."""
     finding = FINDING.search(said)
     words = finding.group(1).strip()[:110] if finding else ""
-    summary = SUMMARY[tool].findall(said)
+    summary = SUMMARY[tool].search(said)
     if code is None:
         return ("errors", words) if words else ("not finished", "")
-    if not summary:
+    if summary is None:
         last = [line for line in said.splitlines() if line.strip()]
         return "failed", (words or (last[-1].strip() if last else f"exit code {code}"))[:110]
-    found = sum(map(int, summary))
-    if found:
-        return "errors", f"{found}: {words}"
+    if int(summary.group(1)):
+        return "errors", f"{summary.group(1)}: {words}"
     if '"kernels"' not in said:  # nothing was found in a case that did not come to its end
         last = [line for line in said.splitlines() if line.strip() and not line.startswith("=")]
         return "failed", (last[-1].strip() if last else f"exit code {code}")[:110]

@@ -21,13 +21,13 @@ from benchmarks.kernels_shapes import Build, Shape, drawn
 SHAPE = Shape(batch=1, length=200, heads=4, kv_heads=2)
 PLANTED = """
 extern "C" __global__ void planted_race(int* out) {
-    __shared__ int cell;
-    cell = threadIdx.x;
-    out[threadIdx.x] = cell;
+    __shared__ volatile int cells[128];
+    cells[threadIdx.x] = threadIdx.x;
+    out[threadIdx.x] = cells[(threadIdx.x + 64) % 128];
 }
 extern "C" __global__ void planted_overrun(int* out) { out[threadIdx.x + (1 << 22)] = threadIdx.x; }
 """
-"""Threads that write and read a cell without a barrier; a write far behind the end."""
+"""Threads that read what others write, without a barrier between; a write far behind the end."""
 
 
 def layer(build: Build) -> None:

@@ -10,12 +10,10 @@ import triton
 
 from .backend import empty
 from .decode import BIASED, LEARNED, SCALED, TWO_SIDED, StepRule, wide
-from .decode_group_triton import group_kernel, ready_kernel
 from .decode_step_triton import decode_kernel
 from .decode_wide_triton import features_kernel, state_kernel
 from .tuning import capability
 from .tuning import decode as decode_tuning
-from .tuning import decode_group as group_tuning
 from .tuning import decode_wide as wide_tuning
 
 MEMORY = ("state", "z", "z_next", "position", "ring_k", "ring_v", "ring_g", "ring_beta", "sink_k", "sink_v")
@@ -23,7 +21,6 @@ WEIGHTS = (
     "q_weight", "q_bias", "k_weight", "k_bias", "decay", "decay_bias", "a_log", "beta_weight", "beta_bias",
     "mix_weight", "mix_bias", "window_logit", "linear_scale", "norm_weight",
 )  # fmt: skip
-GROUP_WEIGHTS = ("q_weight", "q_bias", "k_weight", "k_bias", "window_logit")
 FEATURE_WEIGHTS = ("q_weight", "q_bias", "k_weight", "k_bias", "decay", "decay_bias", "a_log")
 
 
@@ -53,7 +50,7 @@ def constants(
         "SIGNS": 2 if rule.feature_map in TWO_SIDED and rule.write != "none" else 1,
         "W": rule.window,
         "SLOTS": _power(2 * rule.window) if rule.window else 1,
-        "PART": min(tiles.get("PART", 16), _power(rule.window)) if rule.window else 16,
+        "PART": 16,
         "Z": rule.sinks,
         "ZP": _power(rule.sinks, 1) if rule.sinks else 1,
         "C": channels,
@@ -118,24 +115,6 @@ def wide_constants(
     }
 
 
-def group_constants(rule: StepRule, made: Mapping[str, Any], groups: int, card: int) -> dict[str, Any] | None:
-    """Constants and options of the kernel for the heads of a key head together, from those of the other, or None.
-
-    groups: sequences times key heads.
-    """
-    if rule.write != "add" or not rule.lagged or rule.decay != "none" or rule.normaliser != "shared":
-        return None
-    if made["R"] > 1 or made["G"] == 1 or made["UNROTATE"] or made["OWN"] or rule.sinks or wide(rule):
-        return None
-    tiles = group_tuning(card, made["D"], made["F"], groups)
-    if tiles is None:
-        return None
-    names = ("SCALE", "D", "DP", "F", "FP", "SIGNS", "W", "SLOTS", "PART", "G", "MAP", "KEY_MAP", "LEARNED", "BIASED")
-    own = {name: made[name] for name in names} | {"GP": _power(made["G"])}
-    own["SLOTS"] = max(16, own["SLOTS"])
-    return own | tiles
-
-
 def launch(
     q: torch.Tensor,
     k: torch.Tensor,
@@ -161,16 +140,12 @@ def launch(
     parts = masses = None
     if wide(rule):
         every = wide_constants(rule, **sizes)
-        read = [inputs, cos, sin], [weights.get(name) for name in FEATURE_WEIGHTS]
-        parts, masses = _wide(q, k, v, rule, memory, every, read, own, token, turned)
+        given = [inputs, cos, sin], [weights.get(name) for name in FEATURE_WEIGHTS]
+        parts, masses = _wide(q, k, v, rule, memory, every, given, own, token, turned)
         made, options = every["step"]
     else:
         made, options = constants(rule, **sizes)
     out = empty((batch, heads, head_dim), dtype=q.dtype, device=q.device)
-    together = group_constants(rule, made, batch * kv_heads, sizes["card"])
-    if together is not None:
-        _together(q, k, v, out, memory, weights, together)
-        return out
     grid = (triton.cdiv(head_dim, made["BV"]), batch * heads // made["GROUP"])
     rest: list[torch.Tensor | None] = [*(own or (None, None)), inputs, cos, sin, out]
     rest += [memory.get(name) for name in MEMORY] + [weights.get(name) for name in WEIGHTS] + [parts, masses]
@@ -180,34 +155,6 @@ def launch(
         heads, kv_heads, rule.state_heads, **made, **options,
     )  # fmt: skip
     return out
-
-
-def _together(
-    q: torch.Tensor,
-    k: torch.Tensor,
-    v: torch.Tensor,
-    out: torch.Tensor,
-    memory: Mapping[str, torch.Tensor],
-    weights: Mapping[str, torch.Tensor],
-    made: Mapping[str, Any],
-) -> None:
-    """Write `out` and change `memory`, the heads of a key head in one program."""
-    (batch, heads, head_dim), kv_heads = q.shape, k.shape[1]
-    state, z, z_next, position, ring_k, ring_v = (memory[name] for name in MEMORY[:6])
-    q_weight, q_bias, *others = (q if weights.get(name) is None else weights[name] for name in GROUP_WEIGHTS)
-    features, shares = q, q
-    if made["READY"]:
-        features = empty((batch, heads, made["F"] * made["SIGNS"]), dtype=torch.float32, device=q.device)
-        shares = empty((batch, heads, made["SLOTS"] + 1), dtype=torch.float32, device=q.device)
-        names = ("SCALE", "D", "DP", "F", "FP", "SIGNS", "W", "SLOTS", "G", "GP", "MAP", "LEARNED", "BIASED")
-        ready_kernel[(batch * kv_heads + heads * triton.cdiv(batch, 16),)](
-            q, k, position, ring_k, q_weight, q_bias, features, shares, q.stride(0), q.stride(1), k.stride(0),
-            k.stride(1), batch, heads, kv_heads, **{n: made[n] for n in names}, ROWS=16, num_warps=4, num_stages=1,
-        )  # fmt: skip
-    group_kernel[triton.cdiv(head_dim, made["BV"]), batch * kv_heads](
-        q, k, v, features, shares, out, state, z, z_next, position, ring_k, ring_v, q_weight, q_bias, *others,
-        q.stride(0), q.stride(1), k.stride(0), k.stride(1), v.stride(0), v.stride(1), heads, kv_heads, **made,
-    )  # fmt: skip
 
 
 def _wide(

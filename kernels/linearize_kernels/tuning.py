@@ -120,23 +120,6 @@ def decode(
     return {"BV": min(whole, 32 if few or tall else 64), "GROUP": ratio, "num_warps": 8 if tall else 4}
 
 
-def decode_group(capability: int, head_dim: int, features: int, groups: int) -> dict[str, int] | None:
-    """Value channels, stages of a loop over heads, and warps, of decode_group_triton; None: a program a head is better.
-
-    groups: sequences times key heads. Fewer than half the card's multiprocessors would leave too much of it idle.
-    """
-    if groups < (2 if capability == 0 else 64):
-        return None
-    return {
-        "BV": _tile(head_dim, 64 if capability else 16),
-        "STAGES": 2,
-        "HOLD": False,
-        "READY": True,
-        "num_warps": 8,
-        "num_stages": 1,
-    }
-
-
 def decode_wide(capability: int, head_dim: int, features: int) -> dict[str, dict[str, int]]:
     """Features a program, sequences a program, and warps, of the kernels of decode_wide_triton and of their reader."""
     tile = 16 if capability == 0 else 32

@@ -106,6 +106,8 @@ def test_rows_are_added_and_known_again(tmp_path: Path, monkeypatch: pytest.Monk
         with monkeypatch.context() as patch:
             patch.setitem(here, name, value)
             assert kernels_rows.settled(path) == set()
+    here["versions"] = {"torch": "2", "fla-core": "1"}  # installed since: its rows are to be tried, figures stay
+    assert {key[1] for key in kernels_rows.settled(path)} == {"composed"}
 
 
 @pytest.mark.parametrize(
@@ -162,6 +164,17 @@ def test_plots_are_drawn(tmp_path: Path) -> None:
     assert all("SDPA" in p.read_text() for p in paths[:2])
     with pytest.raises(SystemExit, match="no plot can be drawn"):
         draw([row(op="window")], tmp_path, "svg")
+
+
+def test_a_panel_without_peers_is_left_out() -> None:
+    from benchmarks.kernels_plots import panels
+
+    def rows(*names: str) -> list[dict[str, Any]]:
+        found = [(name, which) for name in names for which in ("forward", "maps")]
+        return [row(implementation=n, ns_per_token_head=1.0, peak_bytes=1, **{"pass": w}) for n, w in found]
+
+    assert len(panels(rows("linearize"))["kernels-time"]) == 1
+    assert len(panels(rows("linearize", "composed"))["kernels-time"]) == 2
 
 
 def test_the_plot_of_decode() -> None:
@@ -331,7 +344,7 @@ def test_rows_of_decode(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(
         kernels_decode, "SUBJECTS", {name: subject(name, "linearize" in name) for name in kernels_decode.SUBJECTS}
     )
-    monkeypatch.setattr(kernels_decode, "check_ours", lambda: None)
+    monkeypatch.setattr(kernels_decode, "check_ours", lambda batch=2: None)
     monkeypatch.setattr(kernels_decode, "by_place", lambda step, window: {"step": 4.0, "block end": 6.0})
     monkeypatch.setattr(kernels_model, "captured", Graph)
     monkeypatch.setattr(kernels_model, "median_ms", lambda run, repeat: 8.0)
@@ -347,6 +360,6 @@ def test_rows_of_decode(monkeypatch: pytest.MonkeyPatch) -> None:
     assert rows["decode", "SDPA", "64x32768", "step"]["ms"] == 4.0
     assert rows["decode", "SDPA", "64x131072", "step"]["status"] == "left out"
     assert rows["decode", "fla fused_recurrent", "64x2048", "step"]["status"] == "missing"
-    monkeypatch.setattr(kernels_decode, "check_ours", lambda: "wrong: a step is off")
+    monkeypatch.setattr(kernels_decode, "check_ours", lambda batch=2: "wrong: a step is off" if batch == 16 else None)
     (row,) = kernels_decode.decode_rows([step])
     assert (row["status"], row["note"]) == ("wrong", "wrong: a step is off")

@@ -13,6 +13,7 @@ from benchmarks import sanitize
 DONE = '{"kernels": ["scan_kernel"]}\n'
 CLEAN = f"{DONE}========= ERROR SUMMARY: 0 errors\n"
 INVALID = "========= Invalid __global__ write of size 2 bytes\n=========     at scan_kernel+0x80\n"
+MORE = "========= ERROR SUMMARY: 108 errors were not printed. Use --print-limit option to adjust the number\n"
 RACE = "========= Error: Race reported between Write access at a and Read access at b [128 hazards]\n"
 
 
@@ -21,6 +22,7 @@ RACE = "========= Error: Race reported between Write access at a and Read access
     [
         ("memcheck", CLEAN, 0, "clean", ""),
         ("memcheck", f"{INVALID}{DONE}========= ERROR SUMMARY: 4 errors\n", 0, "errors", "4: Invalid __global__ write"),
+        ("memcheck", f"{INVALID}========= ERROR SUMMARY: 128 errors\n{MORE}", 1, "errors", "128: Invalid __global__"),
         ("memcheck", f"Traceback\nValueError: no\n{CLEAN[len(DONE) :]}", 1, "failed", "ValueError: no"),
         ("memcheck", "cannot start", 127, "failed", "cannot start"),
         ("memcheck", "", None, "not finished", ""),

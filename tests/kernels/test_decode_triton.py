@@ -17,9 +17,6 @@ from linearize_kernels.decode import MAPS
 from tests.specs import all_specs
 
 pytest.importorskip("triton", reason="triton is for Linux alone")
-
-from linearize_kernels import decode_triton
-
 pytestmark = pytest.mark.usefixtures("interpreter")
 HIDDEN = 24
 SMALL: dict[str, Any] = {"window": 16, "sinks": 0}
@@ -155,30 +152,6 @@ def test_wide_maps(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     rule = step_rule(mixer.spec, mixer.head_dim, mixer.state_heads, mixer.scaling, True)
     assert decode.wide(rule)
     compare(mixer, x, (3, 5), monkeypatch)
-
-
-GROUPED = {
-    "lolcats": EVERY["lolcats"],
-    "biased": MixerSpec(feature_map="hedgehog_exp", window=16, sinks=0),
-    "one-sided": MixerSpec(feature_map="relu", window=13, sinks=0, feature_dim=5),
-    "not-learned": MixerSpec(feature_map="elu", window=16, sinks=0),
-}
-"""Mixers whose heads of one key head are read together, where there are enough of them."""
-
-
-@pytest.mark.parametrize("name", GROUPED)
-@torch.no_grad()
-def test_heads_of_a_key_head_together(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Two sequences, three query heads a key head, value channels in two tiles; past the end of several blocks."""
-    spec = small(GROUPED[name])
-    length = 3 * spec.window + 2
-    mixer, x = build(spec, 3, 1, 20), tokens(length, 2, 3, 1, 20)
-    served = []
-    constants = decode_triton.group_constants
-    monkeypatch.setattr(decode_triton, "group_constants", lambda *a: served.append(constants(*a)) or served[-1])
-    compare(mixer, x, (spec.window + 1, 2 * spec.window - 2), monkeypatch)
-    assert served
-    assert None not in served
 
 
 def test_the_widest_map() -> None:
