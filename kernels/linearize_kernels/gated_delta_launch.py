@@ -98,7 +98,13 @@ def scan(
     shape = (plan.sequences, state_heads, features, values)
     final = fresh(plan, x.k, *(shape if last else (0,)), dtype=torch.float32)
     known = tuning.gated_delta_scan(
-        plan.capability, features, values, plan.dtype, programs=plan.sequences * state_heads, out=out
+        plan.capability,
+        features,
+        values,
+        plan.dtype,
+        programs=plan.sequences * state_heads,
+        out=out,
+        readers=plan.heads // state_heads,
     )
     tiles = -(-values // known["BV"])
     d_beta = fresh(plan, x.k, *((0,) if out else (batch, state_heads, tiles, plan.length)), dtype=torch.float32)

@@ -190,13 +190,14 @@ def gate_cases(arch: int = 80) -> list[tuple[Any, dict[str, str], dict[str, Any]
              "PACKED": False, "PREC": "tf32", "r_q": None, "r_k": None, "offsets": None, "chunk_offsets": None,
              "stops": None, "HAS_FIRST": False}  # fmt: skip
     cases = []
-    for label, absent in (
-        ("outputs", ("states", "update", "d_right", "d_rest", "d_beta")),
-        ("states", ("last_state", "o", "q", "scores", "d_rest")),
+    for label, readers, absent in (
+        ("outputs", 1, ("states", "update", "d_right", "d_rest", "d_beta")),
+        ("outputs, four query heads a state", 4, ("states", "update", "d_right", "d_rest", "d_beta")),
+        ("states", 1, ("last_state", "o", "q", "scores", "d_rest")),
     ):
-        out = label == "outputs"
-        known = gated_delta_scan(arch, 128, 128, torch.bfloat16, programs=512, out=out)
+        out = label.startswith("outputs")
+        known = gated_delta_scan(arch, 128, 128, torch.bfloat16, programs=512, out=out, readers=readers)
         options = {name: known.pop(name) for name in ("num_warps", "num_stages")}
-        own = shape | dict.fromkeys(absent) | known | {"OUT": out, "KEEP": not out, "HAS_LAST": out}
+        own = shape | dict.fromkeys(absent) | known | {"R": readers, "OUT": out, "KEEP": not out, "HAS_LAST": out}
         cases.append((scan_kernel, signature, own, options, label))
     return cases

@@ -155,6 +155,8 @@ def window_linear_read(capability: int, channels: int, width: int, chunk: int, d
     A product of 64 rows has work for four warps; where its result feeds another, Hopper's second four repeat it. More
     than four are for larger tiles, or to spare registers.
     """
+    if dtype == torch.float32 and channels > 64:  # four tiles of keys and values lie in shared memory
+        return {"BV": 32, "num_warps": 8 if chunk > 64 or width > 64 else 4, "num_stages": 1}
     large = chunk > 64 or width > 64 or capability in range(80, 90)
     return {
         "BV": _tile(channels, 64 if large or channels > 128 else 128),
@@ -169,14 +171,15 @@ def window_linear_maps(capability: int, channels: int, width: int, chunk: int, d
     return {"num_warps": 8 if large else 4, "num_stages": 1}
 
 
-def window_linear_team(capability: int, programs: int, group: int) -> int:
+def window_linear_team(capability: int, programs: int, group: int, dtype: torch.dtype) -> int:
     """How many of the `group` query heads that share keys one program serves; `programs` if it serves all.
 
-    On Ampere keys would wait in registers for the next head.
+    On Ampere keys would wait in registers for the next head; in float32 shared memory is too small for them.
     """
     while group > 8 and group % 2 == 0:
         group //= 2
-    return group if capability == 0 or (capability >= 90 and programs >= 2 * 132) else 1
+    many = capability >= 90 and programs >= 2 * 132 and dtype != torch.float32
+    return group if capability == 0 or many else 1
 
 
 def window_linear_fused_values(capability: int, channels: int) -> bool:
@@ -205,8 +208,7 @@ def window_linear_queries(capability: int, channels: int, width: int, chunk: int
 def window_linear_keys(capability: int, channels: int, width: int, chunk: int, dtype: torch.dtype) -> dict[str, int]:
     """Tiles of channels and queries, warps and stages of window_linear_keys_triton.key_pairs_kernel."""
     tile = _tile(channels, 64 if width > 64 or channels > 128 else 128)
-    warps = 8 if chunk > 64 else 4
-    return {"BN": tile, "BQ": min(chunk, 32), "num_warps": warps, "num_stages": 2}
+    return {"BN": tile, "BQ": min(chunk, 32), "num_warps": 8 if chunk > 64 else 4, "num_stages": 2}
 
 
 def window_linear_values(capability: int, channels: int, width: int, chunk: int, dtype: torch.dtype) -> dict[str, int]:
@@ -236,14 +238,16 @@ def gated_delta_scores(capability: int, features: int, dtype: torch.dtype) -> di
 
 
 def gated_delta_scan(
-    capability: int, features: int, values: int, dtype: torch.dtype, *, programs: int, out: bool
+    capability: int, features: int, values: int, dtype: torch.dtype, *, programs: int, out: bool, readers: int = 1
 ) -> dict[str, int]:
     """Value tile, warps and stages of gated_delta_scan_triton.scan_kernel, with outputs or without.
 
-    programs: states that are scanned side by side; few of them are cut finer, to fill the card.
+    programs: states that are scanned side by side; few of them are cut finer, to fill the card. readers: query heads a
+    state; a pipeline would hold the tiles of all of them at once, more than there is room for.
     """
     fine = features > 128 or programs < 66 or capability < 90 or dtype == torch.float32
-    return {"BV": _tile(values, 32 if fine else 64), "num_warps": 4, "num_stages": 2}
+    stages = 1 if out and readers > 1 else 2
+    return {"BV": _tile(values, 32 if fine else 64), "num_warps": 4, "num_stages": stages}
 
 
 def gated_delta_reverse(

@@ -89,7 +89,8 @@ def tuned(plan: Plan, x: torch.Tensor, name: str) -> dict[str, int]:
 
 def team_of(plan: Plan, x: Inputs, group: int) -> int:
     """Heads of one program, of `group` that read the same keys."""
-    found: int = tuning.window_linear_team(tuning.capability(x.q.device), grid_blocks(plan, x) * plan.key_heads, group)
+    programs = grid_blocks(plan, x) * plan.key_heads
+    found: int = tuning.window_linear_team(tuning.capability(x.q.device), programs, group, x.q.dtype)
     return found
 
 

@@ -195,7 +195,7 @@ def query_pairs_kernel(
 def gate_cases(arch: int = 90):  # type: ignore[no-untyped-def]
     """Default configurations in bfloat16, for the compile gate."""
     rows = tuning.window_linear_queries(arch, 128, 64, 64, torch.bfloat16)
-    team = tuning.window_linear_team(arch, 4096, 4)
+    team = tuning.window_linear_team(arch, 4096, 4, torch.bfloat16)
     sinks = ("sink_k_ptr", "sink_v_ptr", "d_peak_ptr")
     return [
         gate_case(query_pairs_kernel, rows, "shared mix", absent=sinks, EVEN=False, TEAM=team),

@@ -244,7 +244,7 @@ def read_kernel(
 def gate_cases(arch: int = 90):  # type: ignore[no-untyped-def]
     """Default configurations in bfloat16, for the compile gate."""
     rows = tuning.window_linear_read(arch, 128, 64, 64, torch.bfloat16)
-    team = tuning.window_linear_team(arch, 4096, 4)
+    team = tuning.window_linear_team(arch, 4096, 4, torch.bfloat16)
     sinks = ("sink_k_ptr", "sink_v_ptr")
     small = tuning.window_linear_read(arch, 64, 64, 64, torch.bfloat16)
     return [
