@@ -127,7 +127,10 @@ def run_python(code: str, page: Path, made: runner.Made) -> list[str]:
     return []
 
 
-def test_what_is_not_run_is_on_a_page_and_what_is_new_is_noticed(made: runner.Made) -> None:
+def test_what_is_not_run_is_on_a_page_and_what_is_new_is_noticed(
+    made: runner.Made, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
     texts = [line.text for page in PAGES for line in shell_lines(page)]
     for begin in (*settings.NOT_RUN, *settings.ARGUMENTS_ONLY, *settings.PATHS_ONLY, *settings.INSTEAD):
         assert any(begin in f"{text} " for text in texts), f"settings.py: no page has {begin!r} any more"

@@ -85,7 +85,7 @@ def test_contexts_and_protocols(folders: dict[str, Path]) -> None:
 
 def test_causal_judges_refuse_a_masked_model_and_say_what_to_use(folders: dict[str, Path], text: Path) -> None:
     place = str(folders["bert"])
-    where: dict[str, Any] = {"against": place, "data": str(text), "device": "cpu"}
+    where: dict[str, Any] = {"against": str(folders["roberta"]), "data": str(text), "device": "cpu"}
     for judge in (linearize.audit, linearize.recall):
         with pytest.raises(UsageError, match="masked language model") as refused:
             judge(place, **where)
