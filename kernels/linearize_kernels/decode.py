@@ -16,11 +16,22 @@ import torch
 
 from .backend import pick
 
-MAPS = ("identity", "softmax", "hedgehog_softmax", "hedgehog_exp", "relu", "elu", "l2norm", "linear", "crelu")
+MAPS = (
+    "identity",
+    "softmax",
+    "hedgehog_softmax",
+    "hedgehog_exp",
+    "learned_softmax",
+    "relu",
+    "elu",
+    "l2norm",
+    "linear",
+    "crelu",
+)
 """Feature maps with a kernel; taylor's features are too many for registers."""
 TWO_SIDED = ("hedgehog_softmax", "hedgehog_exp", "crelu")
-LEARNED = ("hedgehog_softmax", "hedgehog_exp", "relu", "linear", "crelu")
-BIASED = ("hedgehog_exp", "relu")
+LEARNED = ("hedgehog_softmax", "hedgehog_exp", "learned_softmax", "relu", "linear", "crelu")
+BIASED = ("hedgehog_exp", "learned_softmax", "relu")
 SCALED = ("identity", "l2norm", "linear", "crelu")
 EACH = ("hedgehog_exp", "relu", "linear", "crelu")
 """Learned maps that act on each feature alone, so that features can be read in tiles."""

@@ -79,8 +79,10 @@ def activate(y, inside, MAP: tl.constexpr):
         e = tl.exp(both - tl.max(both, axis=0, keep_dims=True))
         a, b = tl.split(e / tl.sum(e, axis=0, keep_dims=True))
         a, b = tl.maximum(a, FLOOR), tl.maximum(b, FLOOR)
-    elif MAP == "softmax":
+    elif MAP == "softmax" or MAP == "learned_softmax":
         a = _softmax(y, inside)
+        if MAP == "learned_softmax":
+            a = tl.maximum(a, FLOOR)
         b = a
     elif MAP == "hedgehog_exp":
         y = tl.minimum(tl.maximum(y, -EXP_LIMIT), EXP_LIMIT)

@@ -12,7 +12,7 @@ import triton
 import triton.language as tl
 
 from .backend import empty
-from .gated_maps import MAP_POINTERS, feature_tile, map_gate_constants, options, phi_grad
+from .gated_maps import MAP_POINTERS, SOFTMAXES, feature_tile, map_gate_constants, options, phi_grad
 from .gated_plan import Plan, gate_signature
 from .gated_tiles import chunk_span, product, row_decay, sum_before
 from .tuning import gated_map_chunk, gated_map_dk
@@ -99,7 +99,7 @@ def map_dk_kernel(
             if MAP == "hedgehog_exp":
                 other = feature_tile(fk, at * F, column, in_row, 1 - sign, WIDTH).to(tl.float32)
             summed = tl.zeros([C, 1], tl.float32)
-            if MAP == "hedgehog_softmax":
+            if MAP == "hedgehog_softmax" or MAP == "learned_softmax":
                 summed = tl.load(along + at * 2 + sign, mask=live, other=0.0)[:, None]
             change = phi_grad(own, other, grad, summed, MAP)
             grad_y += change if sign == 0 else -change
@@ -146,7 +146,7 @@ def map_key_gradients(
         )  # fmt: skip
 
     along = None
-    if plan.map == "hedgehog_softmax":
+    if plan.map in SOFTMAXES:
         found = empty((tiles, *rows, 2), dtype=torch.float32, device=fq.device)
         launch(None, found, plan.batch * plan.state_heads * plan.length)
         along = found.sum(0)

@@ -13,7 +13,7 @@ import triton
 import triton.language as tl
 
 from .backend import empty
-from .gated_maps import MAP_POINTERS, feature_tile, map_gate_constants, options, phi_grad
+from .gated_maps import MAP_POINTERS, SOFTMAXES, feature_tile, map_gate_constants, options, phi_grad
 from .gated_plan import Plan, gate_signature
 from .gated_tiles import chunk_span, product, row_decay
 from .tuning import gated_map_chunk, gated_map_dq
@@ -100,7 +100,7 @@ def map_dq_kernel(
                 down_sum += along_row if sign == 1 else 0.0
             else:
                 summed = tl.zeros([HEADS * C, 1], tl.float32)
-                if MAP == "hedgehog_softmax":
+                if MAP == "hedgehog_softmax" or MAP == "learned_softmax":
                     summed = tl.load(along + at * 2 + sign, mask=live, other=0.0)[:, None]
                 change = phi_grad(own, (down if sign == 0 else up).to(tl.float32), grad, summed, MAP)
                 grad_y += change if sign == 0 else -change
@@ -156,7 +156,7 @@ def map_query_gradients(
         )  # fmt: skip
 
     along = None
-    if plan.map == "hedgehog_softmax":
+    if plan.map in SOFTMAXES:
         found = empty((spans, *rows, 2), dtype=torch.float32, device=fq.device)
         launch(None, found, plan.batch * plan.heads * plan.length)
         along = found.sum(0)

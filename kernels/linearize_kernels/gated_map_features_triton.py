@@ -7,7 +7,7 @@ import triton
 import triton.language as tl
 
 from .backend import empty
-from .gated_maps import LOG2E, phi, project, row_sums, weights
+from .gated_maps import LOG2E, SOFTMAXES, phi, project, row_sums, weights
 from .gated_plan import Plan, gate_signature
 from .tuning import gated_map_features
 
@@ -86,7 +86,7 @@ def map_features(plan: Plan, x: torch.Tensor, weight: torch.Tensor, bias: torch.
         BIAS=bias is not None, PREC="ieee" if x.dtype == torch.float32 else "tf32",
     )  # fmt: skip
     sums = None
-    if plan.map == "hedgehog_softmax":
+    if plan.map in SOFTMAXES:
         sums = empty((plan.batch, heads, plan.length, 2), dtype=torch.float32, device=x.device)
         log_sum_kernel[(plan.batch * heads * -(-plan.length // 64),)](
             *known, sums, *places, 0, BF=max(16, min(64, triton.next_power_of_2(width))), ROWS=64, num_warps=4, **shared

@@ -15,15 +15,16 @@ from .gated import CHUNK, LARGEST, _rows, gated_linear
 
 WIDEST = 128
 """Channels of a query that the kernels hold beside a tile of features."""
-FLOORS = {"hedgehog_softmax": 1e-12, "relu": 1e-6}
+FLOORS = {"hedgehog_softmax": 1e-12, "learned_softmax": 1e-12, "relu": 1e-6}
 EXP_LIMIT = 15.0
-MAPS = ("hedgehog_exp", "hedgehog_softmax", "relu", "crelu", "linear")
+MAPS = ("hedgehog_exp", "hedgehog_softmax", "learned_softmax", "relu", "crelu", "linear")
 
 
 def map_features(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, name: str) -> torch.Tensor:
     """phi(x W + b): x [B, H or a divisor of it, T, D], weight [H, D, f], bias [H, f] -> [B, H, T, F], F = f or 2 f.
 
-    hedgehog_exp, hedgehog_softmax: arXiv 2402.04347, 2410.10254; relu: T2R, 2103.13076; crelu: 1603.05201.
+    hedgehog_exp, hedgehog_softmax: arXiv 2402.04347, 2410.10254, learned_softmax: the latter of one sign; relu: T2R,
+    2103.13076; crelu: 1603.05201.
     """
     x = x.repeat_interleave(weight.shape[0] // x.shape[1], dim=1)
     y = torch.einsum("bhtd,hdf->bhtf", x, weight.to(x.dtype))
@@ -32,6 +33,8 @@ def map_features(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | Non
         return y
     if name == "relu":
         return y.relu().clamp_min(FLOORS[name])
+    if name == "learned_softmax":
+        return y.softmax(-1).clamp_min(FLOORS[name])
     if name == "crelu":
         return torch.cat((y.relu(), (-y).relu()), dim=-1)
     if name == "hedgehog_softmax":
@@ -67,7 +70,7 @@ def mapped_gated_linear(
         log_decay: as in `gated_linear`; None, [S], [B, S, T] or [B, S, T, F].
         q_weight: [H, D, f], q_bias: [H, f] or None; k_weight: [S, D, f], k_bias: [S, f] or None (as q's). Any float
             dtype; multiplied in q's. State head s maps the keys of head s // (S / K).
-        map: hedgehog_exp, hedgehog_softmax, crelu (F = 2 f), relu or linear (F = f).
+        map: hedgehog_exp, hedgehog_softmax, crelu (F = 2 f), learned_softmax, relu or linear (F = f).
 
     Other arguments, the result and errors are those of `gated_linear`.
     """

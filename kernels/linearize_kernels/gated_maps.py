@@ -5,6 +5,7 @@ limits and floors are part of what a model learned with.
 
     hedgehog_exp      exp(clamp(y, -15, 15))        hedgehog_softmax   max(softmax(y), 1e-12)
     relu              max(y, 1e-6)                  crelu              max(y, 0)            linear   y
+    learned_softmax   as hedgehog_softmax, of one sign
 
 Features are kept in the inputs' dtype, in which tensor cores multiply them. What a map has cut off is told by a feature
 at its limit or floor, so that y itself is needed no more.
@@ -26,8 +27,10 @@ RELU_FLOOR = tl.constexpr(1e-6)
 EXP_INSIDE = tl.constexpr(3269000.0)
 SOFTMAX_INSIDE = tl.constexpr(1.01e-12)
 RELU_INSIDE = tl.constexpr(1.02e-6)
-SIGNS = {"hedgehog_exp": 2, "hedgehog_softmax": 2, "crelu": 2, "relu": 1, "linear": 1}
+SIGNS = {"hedgehog_exp": 2, "hedgehog_softmax": 2, "crelu": 2, "learned_softmax": 1, "relu": 1, "linear": 1}
 """Maps that the kernels know, and how many signs each has."""
+SOFTMAXES = ("hedgehog_softmax", "learned_softmax")
+"""Maps that need sums of a whole row."""
 
 
 @triton.jit
@@ -35,7 +38,7 @@ def phi(y, log_sum, MAP: tl.constexpr):
     """Features of y, which has its sign already; log_sum broadcasts against it (softmax: log of the row's sum)."""
     if MAP == "hedgehog_exp":
         return tl.exp2(tl.minimum(tl.maximum(y, -EXP_LIMIT), EXP_LIMIT) * LOG2E)
-    elif MAP == "hedgehog_softmax":
+    elif MAP == "hedgehog_softmax" or MAP == "learned_softmax":
         return tl.maximum(tl.exp2((y - log_sum) * LOG2E), SOFTMAX_FLOOR)
     elif MAP == "relu":
         return tl.maximum(y, RELU_FLOOR)
@@ -53,7 +56,7 @@ def phi_grad(own, other, grad, along, MAP: tl.constexpr):
     """
     if MAP == "hedgehog_exp":
         return tl.where(tl.maximum(own, other) < EXP_INSIDE, own * grad, 0.0)
-    elif MAP == "hedgehog_softmax":
+    elif MAP == "hedgehog_softmax" or MAP == "learned_softmax":
         return own * (tl.where(own > SOFTMAX_INSIDE, grad, 0.0) - along)
     elif MAP == "relu":
         return tl.where(own > RELU_INSIDE, grad, 0.0)
@@ -82,7 +85,7 @@ def project(x, tile, bias, column, in_column, BIAS: tl.constexpr, PREC: tl.const
 def row_sums(sums, place, sign, live, C: tl.constexpr, MAP: tl.constexpr):
     """What a softmax needs of rows [C, 1]: sums [rows, 2] at `place`."""
     found = tl.zeros([C, 1], tl.float32)
-    if MAP == "hedgehog_softmax":
+    if MAP == "hedgehog_softmax" or MAP == "learned_softmax":
         found = tl.load(sums + place * 2 + sign, mask=live, other=0.0)[:, None]
     return found
 

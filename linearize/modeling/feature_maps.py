@@ -18,6 +18,8 @@ FLOOR = 1e-12
 """Least weight of a feature (LoLCATs, arXiv 2410.10254, clamps there): a denominator can then not be zero."""
 EXP_LIMIT = 15.0
 """hedgehog_exp exponentiates at most this: e^30 times a long sequence is still far from the end of float32."""
+CODE_SCALE = 2.0
+"""Length of learned_softmax's first columns: with 1 all codes take about the same of a token, and learn slowly."""
 
 
 def _two_sided_softmax(y: torch.Tensor) -> torch.Tensor:
@@ -27,6 +29,11 @@ def _two_sided_softmax(y: torch.Tensor) -> torch.Tensor:
 def _two_sided_exp(y: torch.Tensor) -> torch.Tensor:
     y = y.clamp(-EXP_LIMIT, EXP_LIMIT)
     return torch.cat((y.exp(), (-y).exp()), dim=-1)
+
+
+def _one_sided_softmax(y: torch.Tensor) -> torch.Tensor:
+    """softmax(y): how much of a token each of F learned codes takes, a soft assignment that sums to one."""
+    return y.softmax(-1).clamp_min(FLOOR)
 
 
 def _taylor(y: torch.Tensor) -> torch.Tensor:
@@ -49,6 +56,7 @@ ACTIVATIONS: dict[str, Callable[[torch.Tensor], torch.Tensor]] = {
     "softmax": lambda x: x.softmax(-1),
     "hedgehog_softmax": _two_sided_softmax,
     "hedgehog_exp": _two_sided_exp,
+    "learned_softmax": _one_sided_softmax,
     "relu": lambda y: y.relu().clamp_min(1e-6),
     "elu": lambda x: 1.0 + nnf.elu(x),
     "taylor": _taylor,
@@ -56,7 +64,7 @@ ACTIVATIONS: dict[str, Callable[[torch.Tensor], torch.Tensor]] = {
     "linear": lambda y: y,
     "crelu": _two_sided_relu,
 }
-BIASED = ("hedgehog_exp", "relu")
+BIASED = ("hedgehog_exp", "learned_softmax", "relu")
 SCALED = ("identity", "l2norm", "linear", "crelu")
 """Maps without a temperature of their own: queries are scaled like the teacher's scores."""
 
@@ -124,7 +132,7 @@ class FeatureMap(nn.Module):
             basis = torch.linalg.qr(draw)[0][:, :width] if width < head_dim else torch.eye(head_dim, width)
             basis = basis * (max(head_dim, width) / min(head_dim, width)) ** 0.25
         else:
-            basis = _bases(head_dim, width)
+            basis = _bases(head_dim, width) * (CODE_SCALE if self.name == "learned_softmax" else 1.0)
         values = {"weight": basis.expand(heads, -1, -1).clone()}
         if self.name in BIASED:
             values["bias"] = torch.zeros(heads, width)

@@ -37,7 +37,7 @@ if TYPE_CHECKING:
 
 OWN_MAPS = ("hedgehog_softmax", "hedgehog_exp", "relu", "softmax")
 """Feature maps inside `window_linear`."""
-INNER_MAPS = ("hedgehog_exp", "hedgehog_softmax", "relu", "crelu", "linear")
+INNER_MAPS = ("hedgehog_exp", "hedgehog_softmax", "learned_softmax", "relu", "crelu", "linear")
 """Feature maps inside `mapped_gated_linear`."""
 WINDOWS = (16, 32, 64, 128)
 NORM_EPS = 1e-6

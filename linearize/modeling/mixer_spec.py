@@ -14,6 +14,7 @@ FEATURE_MAPS = (
     "softmax",
     "hedgehog_softmax",
     "hedgehog_exp",
+    "learned_softmax",
     "relu",
     "elu",
     "taylor",
@@ -40,10 +41,10 @@ CHOICES: dict[str, tuple[str, ...]] = {
     "state_heads": STATE_HEADS,
 }
 
-LEARNED_MAPS = ("hedgehog_softmax", "hedgehog_exp", "relu", "taylor", "linear", "crelu")
+LEARNED_MAPS = ("hedgehog_softmax", "hedgehog_exp", "learned_softmax", "relu", "taylor", "linear", "crelu")
 """Feature maps with a trained projection; the others are fixed functions of the head vector."""
 
-POSITIVE_MAPS = ("softmax", "hedgehog_softmax", "hedgehog_exp", "relu", "elu", "taylor")
+POSITIVE_MAPS = ("softmax", "hedgehog_softmax", "hedgehog_exp", "learned_softmax", "relu", "elu", "taylor")
 """Feature maps whose weights phi(q).phi(k) are never negative, so that dividing by their sum is safe."""
 
 
@@ -57,9 +58,9 @@ class MixerSpec:
 
     feature_map: str = "hedgehog_softmax"
     """phi for queries and keys: identity | softmax (over channels) | hedgehog_softmax (LoLCATs: [softmax(Wx),
-    softmax(-Wx)]) | hedgehog_exp (Hedgehog: exp([Wx+b, -Wx-b])) | relu (T2R: relu(Wx+b)) | elu (1+elu(x)) |
-    taylor (Based: second order, of a projection) | l2norm (x/|x|) | linear (Wx, one W per head) | crelu
-    ([relu(Wx), relu(-Wx)])."""
+    softmax(-Wx)]) | hedgehog_exp (Hedgehog: exp([Wx+b, -Wx-b])) | learned_softmax (softmax(Wx+b): shares of learned
+    codes) | relu (T2R: relu(Wx+b)) | elu (1+elu(x)) | taylor (Based: second order, of a projection) | l2norm (x/|x|) |
+    linear (Wx, one W per head) | crelu ([relu(Wx), relu(-Wx)])."""
     key_map: str = "same"
     """phi for keys: same | forget (HGRN2: one minus the forget gate; needs decay `key`)."""
     feature_dim: int | None = None

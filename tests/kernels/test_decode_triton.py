@@ -127,7 +127,8 @@ def compare(
 
 
 COVERED = ("hedgehog", "hybrid", "lolcats-hybrid", "shared-fixed-wide-sinks", "window-alone", "key-decay",
-           "map-softmax", "map-hedgehog_softmax", "map-hedgehog_exp", "map-relu", "map-elu")  # fmt: skip
+           "map-softmax", "map-hedgehog_softmax", "map-hedgehog_exp", "map-learned_softmax", "map-relu",
+           "map-elu")  # fmt: skip
 """Mixers whose axes, and pairs of axes that meet in the kernel, all are in others: for a patient run."""
 
 

@@ -81,7 +81,7 @@ def test_kernels_are_the_definition(name: str) -> None:
 
 
 @pytest.mark.usefixtures("interpreter")
-@pytest.mark.parametrize("name", ["hedgehog_exp", "hedgehog_softmax"])
+@pytest.mark.parametrize("name", ["hedgehog_exp", "hedgehog_softmax", "learned_softmax"])
 def test_query_heads_share_a_state_and_features_take_several_tiles(name: str) -> None:
     compare(made(name, heads=(2, 1, 1), batch=2, length=17, width=80, decay="fixed"), map=name)
 

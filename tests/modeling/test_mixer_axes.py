@@ -12,7 +12,7 @@ import torch
 
 from linearize.modeling.cache_linearized import LinearStateLayer
 from linearize.modeling.configuration_linearized import LinearizedFields, linearized_config
-from linearize.modeling.feature_maps import FeatureMap
+from linearize.modeling.feature_maps import CODE_SCALE, FeatureMap
 from linearize.modeling.mixer import Mixer
 from linearize.modeling.mixer_spec import MixerSpec
 from tests.modeling.families import teacher
@@ -187,16 +187,18 @@ def test_what_is_recorded_of_the_linear_branch_is_it_alone() -> None:
 
 
 @pytest.mark.parametrize("width", [WIDTH, WIDTH + 1, 3 * WIDTH, 3 * WIDTH + 5])
-@pytest.mark.parametrize("name", ["hedgehog_softmax", "hedgehog_exp", "relu", "linear", "crelu"])
+@pytest.mark.parametrize("name", ["hedgehog_softmax", "hedgehog_exp", "learned_softmax", "relu", "linear", "crelu"])
 def test_wide_maps_start_with_distinct_directions(name: str, width: int) -> None:
     start = FeatureMap(name, HEADS, WIDTH, width).initial_values()["weight"]
     assert start.shape == (HEADS, WIDTH, width)
+    length = CODE_SCALE if name == "learned_softmax" else 1.0
+    start = start / length
     assert torch.equal(start[..., :WIDTH], torch.eye(WIDTH).expand(HEADS, -1, -1))
     columns = start[0].T
     torch.testing.assert_close(columns.norm(dim=-1), torch.ones(width))
     cosines = (columns @ columns.T).fill_diagonal_(0.0).abs()
     assert cosines.max() < 0.999, "no direction twice, nor with its sign turned"
-    again = FeatureMap(name, 2, WIDTH, width).initial_values()["weight"]
+    again = FeatureMap(name, 2, WIDTH, width).initial_values()["weight"] / length
     assert torch.equal(again, start[:2]), "queries and keys start with the same map"
 
 
