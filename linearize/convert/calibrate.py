@@ -4,7 +4,8 @@ No gradients. Two passes of the teacher over a few windows. The first observes i
 (Taylor-Calibrate, arXiv 2606.16429: half-life = mean look-back distance, write strength from entropy; with biases, so
 that the gates' means are what is meant). The second tries all proposals on the teacher's own inputs and solves each
 one's scale by least squares. Every head then takes the proposal with the least error |y - y*|^2 against the teacher's
-output y*; what it came with is one of them, so no head gets worse on these tokens.
+output y*; what it came with is one of them, so no head gets worse on these tokens. Maps that learn codes are first
+started at keys of these tokens (codes.py); that is what a head then comes with.
 """
 
 from __future__ import annotations
@@ -20,6 +21,7 @@ from torch import Tensor
 
 from linearize.convert import observe
 from linearize.convert.capture import TeacherLayer, captured
+from linearize.convert.codes import start_codes
 from linearize.convert.observe import Observed, mixer_call
 from linearize.convert.optim import derived_seed
 from linearize.convert.trial import SCALES, Proposal, Trial, assign, pick, solve_scale, squared_error
@@ -41,7 +43,8 @@ def calibrate(
     """Set the mixers of `student`'s linear layers from what `teacher` does on about `tokens` tokens of `windows`.
 
     Both are on one device; the student is fresh from surgery. Only mixers change, in place: biases of decay and write
-    strength, weight and bias of a learned mix, the window's weight in a shared mix, the linear branch's scale.
+    strength, weight and bias of a learned mix, the window's weight in a shared mix, the linear branch's scale, and
+    the maps where they learn codes.
 
     Args:
         windows: token ids [N, T]; round(`tokens` / T) of them (one at least) are read, drawn by `seed`.
@@ -68,6 +71,9 @@ def calibrate(
         seen[layer.index].add(attention.mixer, layer, mixer_call(attention, layer), every=every, offset=number)
 
     _run(teacher, list(attentions), picked, look, weights=True)
+    for index, module in attentions.items():
+        if seen[index].keys:
+            start_codes(module.mixer, torch.cat(seen[index].keys, dim=1))
     trials = {index: propose(module.mixer, seen[index]) for index, module in attentions.items()}
 
     def attempt(number: int, layer: TeacherLayer) -> None:

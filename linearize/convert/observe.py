@@ -110,6 +110,8 @@ class Observed:
     """[C + 1, C + 1] fp64: of the inputs with a one appended."""
     cross: Tensor | float = 0.0
     """[C + 1, H] fp64: of those with the score that a learned mix should give."""
+    keys: list[Tensor] = field(default_factory=list)
+    """[S, n, D] each: keys of the linear branch, of all tokens; where the map learns codes."""
     inputs: list[Tensor] = field(default_factory=list)
     """[n, C] each."""
     share: list[Tensor] = field(default_factory=list)
@@ -156,6 +158,9 @@ class Observed:
         self.far_look += (far * position - beyond @ position).sum(-1, dtype=torch.float64)
         self.far_mass += far.sum(-1, dtype=torch.float64)
         self.spread += surprise.sum(-1, dtype=torch.float64) * length / max(1, length - 1)
+        part = slice(offset % every, None, every)
+        if mixer.spec.feature_map == "learned_softmax":
+            self.keys.append(mixer.linear_qk(call.q, call.k, call.inputs, call.rotation)[1][0, :, part])
         kept = has_far.nonzero().squeeze(1)
         if not len(kept):
             return
@@ -166,7 +171,6 @@ class Observed:
             wide = nnf.pad(inputs, (0, 1), value=1.0).double()
             self.gram += wide.T @ wide
             self.cross += wide.T @ (odds if mixer.spec.mix == "gate" else balance - odds).double()
-        part = slice(offset % every, None, every)
         self.inputs.append(inputs[part])
         self.share.append(share[part])
         self.balance.append(balance[part])
