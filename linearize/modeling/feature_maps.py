@@ -92,7 +92,11 @@ def _bases(head_dim: int, width: int) -> torch.Tensor:
 
 
 class OwnProjection(nn.Module):
-    """x W_h^T: the layer's input to one vector a head, [N, L, C] -> [N, H, L, D]; zero at first."""
+    """x W_h^T / sqrt(C): the layer's input to one vector a head, [N, L, C] -> [N, H, L, D]; zero at first.
+
+    A step of the optimiser moves every weight by about its rate: divided so, a sum over C inputs moves as one over D
+    channels in a feature map does.
+    """
 
     def __init__(self, hidden_size: int, heads: int, head_dim: int) -> None:
         super().__init__()
@@ -104,7 +108,8 @@ class OwnProjection(nn.Module):
         return {"weight": torch.zeros(self.weight.shape)}
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return nnf.linear(x, self.weight.to(x.dtype)).unflatten(-1, (self.heads, -1)).transpose(1, 2)
+        weight = self.weight.to(x.dtype) * x.shape[-1] ** -0.5
+        return nnf.linear(x, weight).unflatten(-1, (self.heads, -1)).transpose(1, 2)
 
 
 class FeatureMap(nn.Module):

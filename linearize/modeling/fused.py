@@ -206,7 +206,8 @@ def far_branch(mixer: Mixer, x: Tokens, *, keep: bool) -> tuple[Tensor, Tensor |
 def _map_inside(mixer: Mixer, g: Tensor | None) -> bool:
     """Whether features can be made in the op, from queries and keys, so that no tensor of all of them exists."""
     spec = mixer.spec
-    same = spec.key_map == "same" and not spec.own_qk and not spec.dt_gain
+    own = spec.own_qk and mixer.state_heads != mixer.num_kv_heads  # keys of a state head, not of a key head
+    same = spec.key_map == "same" and not own and not spec.dt_gain
     return same and spec.feature_map in INNER_MAPS and (g is None or g.ndim < 4)
 
 
