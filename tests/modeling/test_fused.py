@@ -186,7 +186,9 @@ def test_packed_documents(name: str) -> None:
     assert_same_gradients(build(RECIPES[name]), build(RECIPES[name], "triton"), tokens(), layout=layout)
 
 
-@pytest.mark.parametrize("change", [{}, {"state_heads": "query", "own_qk": False}, {"feature_map": "crelu", "normaliser": "norm"}])
+@pytest.mark.parametrize(
+    "change", [{}, {"state_heads": "query", "own_qk": False}, {"feature_map": "crelu", "normaliser": "norm"}]
+)
 def test_maps_under_a_decay_stay_inside_the_op(change: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
     """Features are not written, also where several states share a key head whose rotation is undone first."""
     monkeypatch.setattr(Tokens, "features", lambda *given: pytest.fail("features were made in torch"))
