@@ -108,8 +108,8 @@ class OwnProjection(nn.Module):
         return {"weight": torch.zeros(self.weight.shape)}
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        weight = self.weight.to(x.dtype) * x.shape[-1] ** -0.5
-        return nnf.linear(x, weight).unflatten(-1, (self.heads, -1)).transpose(1, 2)
+        found = nnf.linear(x, self.weight.to(x.dtype)) * x.shape[-1] ** -0.5
+        return found.unflatten(-1, (self.heads, -1)).transpose(1, 2)
 
 
 class FeatureMap(nn.Module):
