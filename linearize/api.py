@@ -150,6 +150,7 @@ def evaluate(
     device: str = "auto",
     dtype: str = "auto",
     max_windows: int | None = None,
+    teacher_bits: int | None = None,
 ) -> dict[str, Any]:
     """Perplexity per word, byte and token and bits per byte, with the name of the protocol that they follow.
 
@@ -164,13 +165,16 @@ def evaluate(
         device: auto | cpu | cuda | cuda:N.
         dtype: auto (as stored on a GPU, float32 on a CPU) | float32 | bfloat16 | float16.
         max_windows: read only this many windows; None: all.
+        teacher_bits: 8 or 4: hold `against` in so many bits (docs/memory.md); None: as it is.
 
     Raises:
         UsageError: bad input. RefusedError: too little text, or a damaged checkpoint.
     """
     from linearize.artifacts.kind import is_masked
     from linearize.artifacts.load import resolve
+    from linearize.teacher_bits import require_comparison_bits
 
+    require_comparison_bits(teacher_bits, against)  # before torch and transformers, which take seconds to import
     run: Any
     if is_masked(model[0] if isinstance(model, tuple) else resolve(model)):
         from linearize.evaluate.masked import evaluate_masked as run
@@ -185,6 +189,7 @@ def evaluate(
         device=device,
         dtype=dtype,
         max_windows=max_windows,
+        teacher_bits=teacher_bits,
     )
 
 
@@ -198,6 +203,7 @@ def audit(
     dtype: str = "auto",
     max_windows: int | None = 64,
     save: bool = False,
+    teacher_bits: int | None = None,
 ) -> dict[str, Any]:
     """Recovery R, the branch audit and perplexity by position of a converted model beside its teacher.
 
@@ -210,6 +216,7 @@ def audit(
         dtype: auto (as stored on a GPU, float32 on a CPU) | float32 | bfloat16 | float16.
         max_windows: read only this many texts of `context` tokens; None: all.
         save: write the figures into the manifest and the model card of `out`, a folder.
+        teacher_bits: 8 or 4: hold `against` in so many bits (docs/memory.md); None: as it is.
 
     Raises:
         UsageError: bad input, such as a model that is not a converted one. RefusedError: too little text, or figures
@@ -217,13 +224,17 @@ def audit(
     """
     if isinstance(out, (str, os.PathLike)) and not isinstance(against, tuple) and os.fspath(out) == os.fspath(against):
         raise UsageError(f"OUT and TEACHER are both {os.fspath(out)}", "Give the model that OUT was made from.")
+    from linearize.teacher_bits import require_comparison_bits
+
+    require_comparison_bits(teacher_bits, against)
     if save:
         from linearize.artifacts.quality import require_savable, save_audit
 
         folder = require_savable(out, against)
     from linearize.evaluate.recovery import audit as run
 
-    report = run(out, against=against, data=data, context=context, device=device, dtype=dtype, max_windows=max_windows)
+    report = run(out, against=against, data=data, context=context, device=device, dtype=dtype, max_windows=max_windows,
+                 teacher_bits=teacher_bits)  # fmt: skip
     if save:
         assert not isinstance(against, tuple)  # it was refused
         save_audit(folder, report, against=os.fspath(against))
@@ -241,6 +252,7 @@ def recall(
     queries: int = 64,
     distances: Sequence[int] | None = None,
     seed: int = 0,
+    teacher_bits: int | None = None,
 ) -> dict[str, Any]:
     """What a converted model remembers from beyond its window, as a share of what its teacher does.
 
@@ -254,6 +266,7 @@ def recall(
         queries: of pairs and of passkeys at each distance.
         distances: tokens from a value to its query; None: 2.5, 5 and 10 windows, as far as the context allows.
         seed: of the pages.
+        teacher_bits: 8 or 4: hold `against` in so many bits (docs/memory.md); None: as it is.
 
     Returns:
         share (percent), tasks, cells, notes and more; see `linearize.evaluate.recall.recall`.
@@ -261,6 +274,9 @@ def recall(
     Raises:
         UsageError: bad input, such as a distance that the window reaches. RefusedError: too little text or context.
     """
+    from linearize.teacher_bits import require_comparison_bits
+
+    require_comparison_bits(teacher_bits, against)
     from linearize.evaluate.recall import recall as run
 
     return run(
@@ -273,6 +289,7 @@ def recall(
         queries=queries,
         distances=distances,
         seed=seed,
+        teacher_bits=teacher_bits,
     )
 
 
@@ -342,6 +359,7 @@ def report(
     context: int | None = None,
     device: str = "auto",
     dtype: str = "auto",
+    teacher_bits: int | None = None,
 ) -> dict[str, Any]:
     """Write what a conversion did, and what it is worth, into one self-contained HTML file.
 
@@ -355,6 +373,7 @@ def report(
         context: tokens of one text of the audit; None: the one it was trained with.
         device: auto | cpu | cuda | cuda:N.
         dtype: auto (as stored on a GPU, float32 on a CPU) | float32 | bfloat16 | float16.
+        teacher_bits: 8 or 4: hold `against` in so many bits (docs/memory.md); None: as it is.
 
     Returns:
         file, bytes, sections, left_out (a line for each part that lacks its facts), audit and attention.
@@ -375,4 +394,5 @@ def report(
         context=context,
         device=device,
         dtype=dtype,
+        teacher_bits=teacher_bits,
     )

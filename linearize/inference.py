@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import logging
 import os
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
 from linearize.errors import UsageError
@@ -51,27 +54,43 @@ def generate(
         prompt, completion, text (both), new_tokens, seconds (of generation), tokens_per_second, device, dtype.
 
     Raises:
-        UsageError: bad input, such as an empty prompt for a tokenizer without a BOS token, or a masked language model.
+        UsageError: bad input, such as an empty prompt for a tokenizer without a BOS token, a masked language model, or
+            more tokens than a model has learned positions for.
     """
     import torch
 
     from linearize.artifacts.kind import require_causal
-    from linearize.artifacts.load import resolve
+    from linearize.artifacts.load import load_model, resolve
+    from linearize.evaluate.subjects import learned_positions, open_subject, warn_beyond
 
-    require_causal(resolve(os.fspath(model)), os.fspath(model), "Use: transformers.pipeline('fill-mask', model=OUT)")
-    loaded, tokenizer = load(model, device=device, dtype=dtype)
-    ids = tokenizer(prompt, return_tensors="pt")["input_ids"].to(loaded.device).long()
+    name = os.fspath(model)
+    require_causal(resolve(name), name, "Use: transformers.pipeline('fill-mask', model=OUT)")
+    subject = open_subject(name)
+    tokenizer = subject.tokenizer
+    ids = tokenizer(prompt, return_tensors="pt")["input_ids"].long()
     if ids.shape[1] == 0:
         if tokenizer.bos_token_id is None:
             raise UsageError("--prompt: empty, and the tokenizer has no BOS token to start from", "Give some text.")
-        ids = torch.tensor([[tokenizer.bos_token_id]], device=loaded.device)
+        ids = torch.tensor([[tokenizer.bos_token_id]])
+    reads = ids.shape[1] + max_new_tokens - 1  # the last new token is never read
+    most = learned_positions(subject.config)
+    if most is not None and reads > most:
+        room = f"Use --max-new-tokens {most + 1 - ids.shape[1]} or less" if ids.shape[1] <= most else "Shorten the text"
+        raise UsageError(
+            f"{ids.shape[1]} tokens of the prompt and {max_new_tokens} new ones are more than the {most} positions "
+            f"that {name} has learned",
+            room,
+        )
+    warn_beyond([subject], reads, what=f"{ids.shape[1]:,} tokens of the prompt and {max_new_tokens:,} new ones")
+    loaded = load_model(resolve(name), device=device, dtype=dtype)
+    ids = ids.to(loaded.device)
     torch.manual_seed(seed)
     sampling: dict[str, Any] = {"do_sample": False, "temperature": None, "top_p": None, "top_k": None}
     if temperature > 0:
         sampling = {"do_sample": True, "temperature": temperature, "top_p": 1.0, "top_k": 0}
     pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id
     began = time.perf_counter()
-    with torch.no_grad():
+    with torch.no_grad(), _without_reminder():
         tokens = loaded.generate(
             ids, attention_mask=torch.ones_like(ids), max_new_tokens=max_new_tokens, pad_token_id=pad, **sampling
         )[0]
@@ -89,3 +108,15 @@ def generate(
         "device": str(loaded.device),
         "dtype": str(loaded.dtype).removeprefix("torch."),
     }
+
+
+@contextmanager
+def _without_reminder() -> Iterator[None]:
+    """Without transformers' own line about texts that outgrow the positions: it was said, in words of ours."""
+    logger = logging.getLogger("transformers.generation.stopping_criteria")
+    before = logger.level
+    logger.setLevel(logging.ERROR)
+    try:
+        yield
+    finally:
+        logger.setLevel(before)

@@ -10,10 +10,14 @@ from typing import Any, Protocol, runtime_checkable
 Listener = Callable[[str, str], None]
 """Is told what is being done, and to whom: ("reading 64 windows of 512 tokens", "out (window)")."""
 
+Warned = Callable[[str], None]
+"""Is told one line that a user should see before the work is done."""
+
 Recorder = Callable[[str, int, Mapping[str, float]], None]
 """Is given the figures of every training step: stage, step (from 1), and values by name."""
 
 _LISTENER: ContextVar[Listener | None] = ContextVar("listener", default=None)
+_WARNED: ContextVar[Warned | None] = ContextVar("warned", default=None)
 _RECORDER: ContextVar[Recorder | None] = ContextVar("recorder", default=None)
 
 
@@ -24,14 +28,22 @@ def tell(what: str, who: str) -> None:
         listener(what, who)
 
 
+def warn(line: str) -> None:
+    """Say to whoever listens what should be known before the work is done; the results say it too."""
+    warned = _WARNED.get()
+    if warned is not None:
+        warned(line)
+
+
 @contextmanager
-def told_to(listener: Listener) -> Iterator[None]:
-    """Have `listener` called with whatever is told meanwhile."""
-    token = _LISTENER.set(listener)
+def told_to(listener: Listener, warned: Warned | None = None) -> Iterator[None]:
+    """Have `listener` called with whatever is told meanwhile, and `warned` with the warnings."""
+    token, other = _LISTENER.set(listener), _WARNED.set(warned)
     try:
         yield
     finally:
         _LISTENER.reset(token)
+        _WARNED.reset(other)
 
 
 def record(stage: str, step: int, values: Mapping[str, float]) -> None:

@@ -6,6 +6,7 @@ import importlib.util
 from typing import Any
 
 from linearize.errors import UsageError
+from linearize.modeling.family import PREFIX
 
 KINDS = {4: "4 bit (nf4)", 8: "8 bit (LLM.int8)"}
 """The kinds of bitsandbytes, by bits of a weight."""
@@ -34,12 +35,31 @@ def require_teacher_bits(bits: Any, *, stream: bool | None = None) -> None:
         )
 
 
-def require_quantisable(model_type: str) -> None:
-    """Refuse a family in which next to nothing would be quantised.
+def require_comparison_bits(bits: Any, teacher: Any) -> None:
+    """As `require_teacher_bits`, where a model is measured beside its teacher: `teacher`, by name, or None.
 
     Raises:
-        UsageError: a mixture of experts.
+        UsageError: also without a teacher, or with one that is in memory already.
     """
+    require_teacher_bits(bits)
+    if bits is None:
+        return
+    if teacher is None:
+        raise UsageError("--teacher-bits is for the model that --against names", "Add --against TEACHER")
+    if isinstance(teacher, tuple):
+        raise UsageError("teacher_bits: the teacher is in memory already", "Give it by name, or leave out teacher_bits")
+
+
+def require_quantisable(model_type: str) -> None:
+    """Refuse a model of which next to nothing, or the wrong parts, would be quantised.
+
+    Raises:
+        UsageError: a mixture of experts, or a converted model.
+    """
+    if model_type.startswith(PREFIX):
+        raise UsageError(
+            "--teacher-bits: the teacher is a converted model, whose mixers are not quantised", "Leave it out"
+        )
     if model_type in EXPERTS:
         raise UsageError(
             f"--teacher-bits: bitsandbytes does not quantise the experts of {model_type}, and they are most of it",

@@ -62,6 +62,10 @@ Data = Annotated[
     ),
 ]
 Context = Annotated[int | None, typer.Option("--context", metavar="N", min=2, help="Tokens of one window.")]
+TeacherBits = Annotated[
+    int | None,
+    typer.Option("--teacher-bits", metavar="8|4", help="Hold TEACHER in so many bits. Needs bitsandbytes."),
+]
 Device = Annotated[str, typer.Option("--device", help="auto, cpu, cuda or cuda:N.", autocompletion=completion.devices)]
 Dtype = Annotated[
     str,
@@ -234,6 +238,7 @@ def audit(
     device: Device = "auto",
     dtype: Dtype = "auto",
     save: Annotated[bool, typer.Option("--save", help="Write the figures into OUT's card and manifest.")] = False,
+    teacher_bits: TeacherBits = None,
     revision: Revision = None,
     as_json: Json = False,
 ) -> None:
@@ -253,7 +258,8 @@ def audit(
     with only_json(as_json), watching():
         from linearize.api import audit as run
 
-        result = run(out, against=against, data=data, context=context, device=device, dtype=dtype, save=save)
+        how: dict[str, Any] = {"device": device, "dtype": dtype, "teacher_bits": teacher_bits}
+        result = run(out, against=against, data=data, context=context, save=save, **how)
     if as_json:
         return print_json(result)
     print_audit(result)
@@ -282,7 +288,7 @@ def generate(
       linearize generate out --prompt "def main():"
       linearize generate out --prompt "import os" --max-new-tokens 200 --temperature 0.8 --seed 1
     """
-    with only_json(as_json):
+    with only_json(as_json), watching(doings=False):
         from linearize.api import generate as run
         from linearize.artifacts.download import pin
 

@@ -10,8 +10,8 @@ from typing import Annotated, Any
 import typer
 
 from linearize.errors import UsageError
-from linearize_cli.commands import Context, Device, Dtype, Json, Model, Revision, app
-from linearize_cli.output import only_json, print_json, print_table, say, watching
+from linearize_cli.commands import Context, Device, Dtype, Json, Model, Revision, TeacherBits, app
+from linearize_cli.output import only_json, print_json, print_table, say, unsaid, watching
 from linearize_cli.results import print_evaluation
 
 
@@ -44,6 +44,7 @@ def evaluate(
     include_path: Annotated[
         Path | None, typer.Option("--include-path", metavar="DIR", help="A folder with task files of your own.")
     ] = None,
+    teacher_bits: TeacherBits = None,
     revision: Revision = None,
     context: Context = None,
     device: Device = "auto",
@@ -66,7 +67,8 @@ def evaluate(
     from linearize.artifacts.download import pin
 
     model = pin(model, revision)
-    where: dict[str, Any] = {"against": against, "context": context, "device": device, "dtype": dtype}
+    where: dict[str, Any] = {"against": against, "context": context, "device": device, "dtype": dtype,
+                             "teacher_bits": teacher_bits}  # fmt: skip
     if tasks is not None:
         if data is not None:
             raise UsageError("--tasks and --data are two measurements", "Take them one by one.")
@@ -97,7 +99,7 @@ def _tasks(
     where: dict[str, Any],
 ) -> dict[str, Any]:
     # The harness draws bars of its own on a terminal: a line of ours would break into them.
-    with only_json(as_json):
+    with only_json(as_json), watching(doings=False):
         from linearize.evaluate.tasks import evaluate_tasks as run
 
         return run(
@@ -129,7 +131,7 @@ def print_tasks(result: Mapping[str, Any]) -> None:
             print_table([_task_row(row, with_teacher=bool(against)) for row in rows], title=title)
     if result["limit"]:
         say(f"note: only the first {result['limit']} questions of a task; such a score is for looking, not for quoting")
-    for note in result["notes"]:
+    for note in unsaid(result["notes"]):
         say(f"note: {note}")
 
 

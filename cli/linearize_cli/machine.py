@@ -30,7 +30,7 @@ class Optional:
 
 
 OPTIONAL = (
-    Optional(name="bitsandbytes", least=">=0.46.1", extra="quantize", purpose="convert --teacher-bits 8 or 4"),
+    Optional(name="bitsandbytes", least=">=0.46.1", extra="quantize", purpose="teachers in few bits (--teacher-bits)"),
     Optional(name="datasets", least=">=3", extra="data", purpose="text from the Hub, .parquet and .csv (--data)"),
     Optional(name="lm-eval", least=">=0.4.9", extra="eval", purpose="tasks of lm-evaluation-harness (eval --tasks)"),
     Optional(name="matplotlib", least=">=3.8", extra="plots", purpose="plots of speed and memory (bench --plots)"),

@@ -9,7 +9,7 @@ import os
 import sys
 import textwrap
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -118,23 +118,44 @@ def _print_records(names: Sequence[str], rows: Sequence[Mapping[str, Any]], targ
 
 
 @contextlib.contextmanager
-def watching() -> Iterator[None]:
-    """While it works, the library's doings: a line that goes away again on a terminal, else each said once."""
+def watching(*, doings: bool = True) -> Iterator[None]:
+    """While it works, the library's doings: a line that goes away again on a terminal, else each said once.
+
+    Warnings stay. Without `doings` there is nothing else, beside what draws or prints by itself.
+    """
     from linearize.progress import told_to
 
-    if _drawable():
-        with console().status("loading") as status, told_to(lambda what, who: status.update(_plain(f"{what}: {who}"))):
+    _warned.clear()
+    if doings and _drawable():
+        with (
+            console().status("loading") as status,
+            told_to(lambda what, who: status.update(_plain(f"{what}: {who}")), _warn),
+        ):
             yield
         return
     said: set[str] = set()
 
     def once(what: str, who: str) -> None:
-        if what not in said:
+        if doings and what not in said:
             said.add(what)
             say(what)
 
-    with told_to(once):
+    with told_to(once, _warn):
         yield
+
+
+def unsaid(notes: Iterable[str]) -> list[str]:
+    """Those of a result's notes that were not said as warnings while it was made."""
+    return [note for note in notes if note not in _warned]
+
+
+_warned: set[str] = set()
+
+
+def _warn(line: str) -> None:
+    if line not in _warned:
+        _warned.add(line)
+        say(f"warning: {line}")
 
 
 def _plain(text: str) -> Any:
@@ -292,7 +313,8 @@ def _is_grid(value: Mapping[str, Any]) -> bool:
 
 
 def _label(name: str) -> str:
-    return str(name).replace("_", " ")
+    # The figure beside it says its unit.
+    return str(name).removesuffix("_bytes").replace("_", " ")
 
 
 def figure(name: str, value: Any) -> str:
@@ -328,9 +350,11 @@ def plural(count: int, noun: str) -> str:
 
 
 def seconds(value: float) -> str:
-    """A duration: `0.08 s`, `12.3 s`, `2:05`."""
+    """A duration: `0.0075 s`, `0.08 s`, `12.3 s`, `2:05`."""
     if not math.isfinite(value) or value >= 120:
         return _clock_time(value)
+    if 0 < value < 0.01:
+        return f"{max(value, 1e-4):.2g} s"
     return f"{value:.2f} s" if value < 1 else f"{value:.1f} s"
 
 

@@ -7,8 +7,8 @@ from typing import Annotated, Any
 
 import typer
 
-from linearize_cli.commands import Context, Data, Device, Dtype, Json, Revision, Teacher, app
-from linearize_cli.output import console, only_json, plural, print_json, print_table, say, watching
+from linearize_cli.commands import Context, Data, Device, Dtype, Json, Revision, Teacher, TeacherBits, app
+from linearize_cli.output import console, only_json, plural, print_json, print_table, say, unsaid, watching
 
 
 @app.command()
@@ -25,6 +25,7 @@ def recall(
     ] = 64,
     context: Context = None,
     seed: Annotated[int, typer.Option("--seed", metavar="N", min=0, max=2**32 - 1, help="Of the pages.")] = 0,
+    teacher_bits: TeacherBits = None,
     revision: Revision = None,
     device: Device = "auto",
     dtype: Dtype = "auto",
@@ -57,6 +58,7 @@ def recall(
             queries=queries,
             distances=distance or None,
             seed=seed,
+            teacher_bits=teacher_bits,
         )
     if as_json:
         return print_json(result)
@@ -84,9 +86,11 @@ def print_recall(result: Mapping[str, Any]) -> None:
     ]
     print_table(rows, title="Right answers beyond the window, with standard errors")
     by_task = ", ".join(f"{name} {_share(found)}" for name, found in result["tasks"].items())
-    for note in result["notes"]:
+    for note in unsaid(result["notes"]):
         say(f"note: {note}")
     text = f"Recall: {_share(result)} of the teacher's own (0 %: the teacher cut to its window); {by_task}"
+    if result["share"] is None:
+        text = "Recall: not defined, for there is no task that the teacher does clearly better than when it is cut"
     console().print(text, style="bold", soft_wrap=True)
 
 

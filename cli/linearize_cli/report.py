@@ -6,7 +6,7 @@ from typing import Annotated
 
 import typer
 
-from linearize_cli.commands import Context, Device, Dtype, Json, Revision, app
+from linearize_cli.commands import Context, Device, Dtype, Json, Revision, TeacherBits, app
 from linearize_cli.output import human_bytes, only_json, print_json, say, watching
 
 
@@ -28,6 +28,7 @@ def report(
     layer: Annotated[int | None, typer.Option("--layer", metavar="L", min=0, help="Attention map shown first.")] = None,
     head: Annotated[int | None, typer.Option("--head", metavar="H", min=0, help="Its head.")] = None,
     context: Context = None,
+    teacher_bits: TeacherBits = None,
     revision: Revision = None,
     device: Device = "auto",
     dtype: Dtype = "auto",
@@ -62,6 +63,7 @@ def report(
             context=context,
             device=device,
             dtype=dtype,
+            teacher_bits=teacher_bits,
         )
     if as_json:
         return print_json(result)

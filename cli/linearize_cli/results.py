@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from itertools import groupby
 from typing import TYPE_CHECKING, Any
 
-from linearize_cli.output import console, figure, human_bytes, plural, print_table, seconds
+from linearize_cli.output import console, figure, human_bytes, plural, print_table, seconds, unsaid
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -164,6 +164,8 @@ def print_masked(result: Mapping[str, Any]) -> None:
             row["ratio"] = figure("", result["ratio"].get(key))
         rows.append(row)
     print_table(rows, to=target)
+    for subject in shown:
+        _print_notes(subject, target)
 
 
 def print_audit(result: Mapping[str, Any]) -> None:
@@ -264,7 +266,7 @@ def _times(ratio: float) -> str:
 
 
 def _print_notes(result: Mapping[str, Any], target: Console) -> None:
-    for note in result.get("notes") or ():
+    for note in unsaid(result.get("notes") or ()):
         _line(target, f"note: {note}")
 
 

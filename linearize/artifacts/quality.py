@@ -19,6 +19,7 @@ from linearize.artifacts.exports import require_export
 from linearize.artifacts.manifest import EDITABLE, MANIFEST, read_manifest, versions
 from linearize.artifacts.weights import digest_checkpoint
 from linearize.errors import RefusedError, UsageError
+from linearize.teacher_bits import KINDS
 
 BEGIN, END = "<!-- linearize: quality -->", "<!-- linearize: end of quality -->"
 TASK_NAME = "linearize audit"
@@ -26,7 +27,7 @@ TASK_NAME = "linearize audit"
 _KEPT = (
     "R", "protocol", "context", "windows", "tokens", "words", "bytes", "bos", "eos", "dtype", "device", "nll",
     "ppl_teacher", "ppl_window", "ppl_student", "word_perplexity", "byte_perplexity", "bits_per_byte", "branches",
-    "reference", "by_position", "notes",
+    "reference", "by_position", "notes", "teacher_bits", "beyond_trained",
 )  # fmt: skip
 _BRANCHES = {
     "window": "its window alone",
@@ -157,10 +158,11 @@ def eval_results(audit: Mapping[str, Any]) -> list[Any]:
         "dtype": audit["dtype"],
     }
     teacher = audit["against"]["name"]
+    whose = {"against": teacher} | ({"teacher_bits": audit["teacher_bits"]} if audit.get("teacher_bits") else {})
     rows = (
         ("perplexity", f"perplexity per token, {audit['protocol']}", audit["ppl_student"], how),
         ("bits_per_byte", f"bits per byte, {audit['protocol']}", audit.get("bits_per_byte"), how),
-        ("recovery", f"R in percent of {teacher}, {audit['protocol']}", audit.get("R"), how | {"against": teacher}),
+        ("recovery", f"R in percent of {teacher}, {audit['protocol']}", audit.get("R"), how | whose),
     )
     return [
         EvalResult(**common, metric_type=kind, metric_name=title, metric_value=float(f"{value:.6g}"), metric_args=args)
@@ -187,13 +189,15 @@ def _words(audit: Mapping[str, Any], name: str) -> str:
     data, teacher, used = audit["data"], audit["against"], audit["versions"]
     cut = audit["reference"]
     sinks = f" and {cut['sinks']} sinks" if cut["sinks"] else ""
+    bits = audit.get("teacher_bits")
+    held = f", held in {KINDS[bits]}" if bits in KINDS else ""
     floor = "its window" if cut["own"] else "a window"
     rows = [
-        (f"the teacher, `{teacher['name']}`", audit["ppl_teacher"]),
+        (f"the teacher, `{teacher['name']}`{held}", audit["ppl_teacher"]),
         ("**this model**", audit["ppl_student"]),
         *((words, audit["branches"].get(key)) for key, words in _BRANCHES.items()),
         (
-            f"the teacher cut to {floor} of {cut['window']} tokens, the block before{sinks}, untrained",
+            f"the teacher cut to {floor} of {cut['window']} tokens, the block before{sinks}, untrained{held}",
             audit["ppl_window"],
         ),
     ]
@@ -205,14 +209,16 @@ def _words(audit: Mapping[str, Any], name: str) -> str:
             f"**Recovery R = {audit['R']:.2f} %**: of what that cut loses, in nats a token, this much was won back "
             "(0 %: the cut teacher; 100 %: the teacher; below 0 %: worse than the cut)."
         )
+    far = " These windows are longer than what the models were trained on." if audit.get("beyond_trained") else ""
     libraries = ", ".join(f"{key} {used[key]}" for key in ("linearize", "torch", "transformers") if key in used)
     words = ["audit", name, "--against", pinned(teacher), "--data", str(data["name"])]
-    command = shlex.join(["linearize", *words, "--context", str(audit["context"]), "--dtype", audit["dtype"]])
+    words += ["--context", str(audit["context"]), "--dtype", audit["dtype"]]
+    command = shlex.join(["linearize", *words, *(["--teacher-bits", str(bits)] if held else [])])
     return (
         f"| perplexity per token | |\n|---|---|\n{table}\n\n{recovery}\n\n"
         f"Protocol `{audit['protocol']}`: {audit['windows']:,} windows, {audit['tokens']:,} scored tokens of "
         f"`{data['name']}` (sha256 `{data['sha256'][:12]}...` of {data['bytes']:,} bytes), {audit['dtype']} on "
-        f"{_device(audit)}; {libraries}; {audit['date']}. `{MANIFEST}` holds every digit. To check "
+        f"{_device(audit)}; {libraries}; {audit['date']}.{far} `{MANIFEST}` holds every digit. To check "
         f"them:\n\n```\n{command}\n```"
     )
 

@@ -68,8 +68,12 @@ def require_place_for(out: Path) -> None:
     """Refuse an OUT that could not be made where it is named; nothing is made.
 
     Raises:
-        RefusedError: a part of its path is a file, or the folder it would lie in cannot be written to.
+        RefusedError: a part of its path is a file, the folder it would lie in cannot be written to, or it would lie in
+            a finished conversion, which holds nothing but what its manifest lists.
     """
+    export = next((folder for folder in out.parents if (folder / MANIFEST).is_file()), None)
+    if export is not None:
+        raise RefusedError(f"{out} would lie inside {export}, a finished conversion", "Choose an OUT beside it")
     parent = out.parent
     while not os.path.lexists(parent):
         parent = parent.parent

@@ -60,12 +60,12 @@ def _told(key: str, then: Mapping[str, Any], now: Mapping[str, Any], before: Map
     if key == "recipe":
         values, earlier = dict(_flat(now.get(key))), dict(_flat(then.get(key)))
         names = [name for name in (values | earlier) if values.get(name) != earlier.get(name)] if earlier else []
-        keys = [f"{name}={_plain(values.get(name))}, then {_plain(earlier.get(name))}" for name in names[:_MOST]]
+        keys = [f"{name}={_plain(values.get(name))}, begun with {_plain(earlier.get(name))}" for name in names[:_MOST]]
         more = [f"and {len(names) - _MOST} more"] if len(names) > _MOST else []
         return f"{word} ({'; '.join(keys + more)})" if keys else word
     if isinstance(then.get(key), str) and key in now:
         if then[key] != now[key]:
-            return f"{word} ({now[key]}, then {then[key]:.200})"
+            return f"{word} ({now[key]}, begun with {then[key]:.200})"
         return f"{word} ({now[key]} has changed)"
     return word
 

@@ -15,6 +15,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from linearize.artifacts.atomic import sync_path
 from linearize.artifacts.pieces import Stored, as_bytes, read_into
 from linearize.artifacts.shards import write_all
 from linearize.convert.calibrate import picked_windows
@@ -79,7 +80,7 @@ class Stream:
         return torch.stack(found).to(numbers.device).float()
 
     def write(self, layer: int, parts: Iterator[Tensor]) -> None:
-        """Write what enters `layer`, [n, T, C] a pass; on return it lies on the disk.
+        """Write what enters `layer`, [n, T, C] a pass; on return it lies on the disk, under its name.
 
         Raises:
             RefusedError: the disk is full.
@@ -96,6 +97,7 @@ class Stream:
             os.close(handle)
         if offset != self.bytes:
             raise ValueError(f"{path} has {offset} bytes and not {self.bytes}")
+        sync_path(self.folder)  # its name, too: the next checkpoint counts on it
 
     def require(self, layer: int) -> None:
         """RefusedError unless the file of what enters `layer` is there, whole."""

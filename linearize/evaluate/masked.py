@@ -19,17 +19,17 @@ from linearize.errors import UsageError, VerificationError
 from linearize.evaluate.perplexity import (
     CHUNK,
     TOKENS_PER_BATCH,
-    Subject,
     eval_mode,
-    open_subject,
     safe_exp,
     tokenizer_digest,
 )
 from linearize.evaluate.recovery import require_same_tokenizer
+from linearize.evaluate.subjects import Subject, open_subject
 from linearize.masking import IGNORE, RATE, Marks, document_windows, hide, marks_of, one_at_a_time
 from linearize.modeling.encoder_spec import usable_positions
 from linearize.modeling.family_table import body, logits
 from linearize.progress import tell
+from linearize.teacher_bits import require_comparison_bits
 
 NAME = "masked"
 DEFAULT_CONTEXT = 512
@@ -53,6 +53,7 @@ def evaluate_masked(
     max_windows: int | None = None,
     alone: int = ALONE,
     seed: int = 0,
+    teacher_bits: int | None = None,
 ) -> dict[str, Any]:
     """Accuracy and pseudo-perplexity of a masked language model, and of `against` beside it on the same masks.
 
@@ -64,12 +65,13 @@ def evaluate_masked(
         batch_size: rows at once; None: by the device.
         max_windows: None: WINDOWS, spread over all of the text.
         alone: tokens of the pseudo-perplexity. seed: of the masks and of that sample.
+        teacher_bits: 8 or 4: hold `against` in so many bits; see `linearize.teacher_bits`.
 
     Returns:
         model, model_type, protocol, context, windows, masking {rate, hidden, replaced_by, alone, seed}, accuracy
         (share of hidden tokens whose most probable token is right), masked_nll, masked_perplexity, pseudo_nll,
-        pseudo_perplexity, dtype, device, data, tokenizer_sha256; `against`, the same of the other model, or None; and
-        `ratio` of the perplexities, model over against.
+        pseudo_perplexity, dtype, device, data, tokenizer_sha256, notes; `against`, the same of the other model, or
+        None; `ratio` of the perplexities, model over against; and `teacher_bits`.
 
     Raises:
         UsageError: bad input, a model that is not a masked one, or two tokenizers. RefusedError: too little text.
@@ -77,24 +79,21 @@ def evaluate_masked(
     """
     if max_windows is not None and max_windows < 1:
         raise UsageError(f"max_windows {max_windows} is not positive")
+    require_comparison_bits(teacher_bits, against)
     texts, read = load_source(data, split="heldout", source=source)
-    subjects = [
-        open_subject(one, device=device, dtype=dtype, masked=True) for one in (model, against) if one is not None
-    ]
-    if len(subjects) > 1:
+    subjects = [open_subject(model, device=device, dtype=dtype, masked=True)]
+    length = choose_context(protocol, context, subjects[0].config)
+    if against is not None:
+        subjects.append(open_subject(against, device=device, dtype=dtype, masked=True, bits=teacher_bits))
         require_same_tokenizer(*subjects)
+        choose_context(None, length, subjects[1].config)  # it may have fewer positions
     docs = tokenize_documents(texts, subjects[0].tokenizer)
+    marks = marks_of(subjects[0].tokenizer, subjects[0].config)
+    windows = spread(document_windows(docs, length, marks), max_windows or WINDOWS)
+    together, single = hide(windows, marks, seed, "judge"), one_at_a_time(windows, marks, seed, "alone", most=alone)
     results: list[dict[str, Any]] = []
-    task: tuple[Any, ...] | None = None
     for subject in subjects:
         loaded = subject.load()
-        if task is None:  # the second model is judged on the very rows of the first
-            length = choose_context(protocol, context, loaded.config)
-            marks = marks_of(subject.tokenizer, loaded.config)
-            windows = spread(document_windows(docs, length, marks), max_windows or WINDOWS)
-            task = (length, marks, windows, hide(windows, marks, seed, "judge"),
-                    one_at_a_time(windows, marks, seed, "alone", most=alone))  # fmt: skip
-        length, marks, windows, together, single = task
         found = {
             "model": subject.name,
             "model_type": loaded.config.model_type,
@@ -114,12 +113,14 @@ def evaluate_masked(
             "device": str(loaded.device),
             "data": read.describe(),
             "tokenizer_sha256": tokenizer_digest(subject.tokenizer),
+            "notes": subject.notes,
         }
         results.append(found)
         del loaded  # two large models need not fit at once
     result, other = results[0], results[1] if len(results) > 1 else None
     keys = ("masked_perplexity", "pseudo_perplexity")
-    return {**result, "against": other, "ratio": other and {key: result[key] / other[key] for key in keys}}
+    ratio = other and {key: result[key] / other[key] for key in keys}
+    return {**result, "against": other, "ratio": ratio, "teacher_bits": teacher_bits}
 
 
 def choose_context(protocol: str | None, context: int | None, config: Any) -> int:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -14,30 +14,25 @@ import numpy as np
 import torch
 from torch.nn import functional as F
 
-from linearize.artifacts.kind import require_causal, require_masked
-from linearize.artifacts.load import load_model, load_tokenizer, resolve, select_device
 from linearize.data import load_source
 from linearize.errors import VerificationError
 from linearize.evaluate.protocols import Row, Task, make_task, parse_protocol
+from linearize.evaluate.subjects import (
+    Subject,
+    beyond_trained,
+    default_context,
+    open_subject,
+    require_positions,
+    warn_beyond,
+)
 from linearize.modeling.family_table import body_and_head
 from linearize.progress import tell
-
-DEFAULT_CONTEXT = 1024
-"""The longest context that is chosen unasked; a model of a shorter one gets its own."""
+from linearize.teacher_bits import require_comparison_bits
 
 FIRST_EDGE = 64
 CHUNK = 1 << 24
 """fp32 logits that exist at once (64 MB)."""
 TOKENS_PER_BATCH = {"cpu": 4096, "cuda": 65536}
-
-
-@dataclass(frozen=True, kw_only=True)
-class Subject:
-    """A model to judge: its name and tokenizer now, its weights when `load` is called."""
-
-    name: str
-    tokenizer: Any
-    load: Callable[[], Any]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -70,6 +65,7 @@ def evaluate(
     batch_size: int | None = None,
     source: str | None = None,
     max_windows: int | None = None,
+    teacher_bits: int | None = None,
 ) -> dict[str, Any]:
     """Perplexity of `model`, and of `against` beside it in the same run.
 
@@ -82,29 +78,36 @@ def evaluate(
         dtype: of the weights; auto: as stored on a GPU, float32 on a CPU.
         batch_size: rows at once; None: by the device.
         source: keep the records of this source. max_windows: score only the first rows.
+        teacher_bits: 8 or 4: hold `against` in so many bits; see `linearize.teacher_bits`.
 
     Returns:
-        The figures of `figures`, with `against` (the same figures of the other model, or None) and `ratio`
-        (perplexities of `model` over those of `against`).
+        The figures of `figures`, with `against` (the same figures of the other model, or None), `ratio` (perplexities
+        of `model` over those of `against`) and `teacher_bits`.
 
     Raises:
         UsageError: bad input. RefusedError: less text than one window. VerificationError: a loss that is not finite.
     """
+    require_comparison_bits(teacher_bits, against)
     texts, read = load_source(data, split="heldout", source=source)
-    subjects = [open_subject(one, device=device, dtype=dtype) for one in (model, against) if one is not None]
+    subjects = [open_subject(model, device=device, dtype=dtype)]
+    if against is not None:
+        subjects.append(open_subject(against, device=device, dtype=dtype, bits=teacher_bits))
+    # The second model is judged with the context of the first.
+    chosen = parse_protocol(protocol, context=context, default_context=default_context(subjects[0].config))
+    require_positions(subjects, chosen.context, what=chosen.windows)
+    tasks = [make_task(chosen, texts, subject.tokenizer, max_windows=max_windows) for subject in subjects]
+    for subject, task in zip(subjects, tasks, strict=True):
+        warn_beyond([subject], task.reads, what=task.protocol.windows)
     results: list[dict[str, Any]] = []
-    for subject in subjects:
+    for subject, task in zip(subjects, tasks, strict=True):
         loaded = subject.load()
-        chosen = parse_protocol(protocol, context=context, default_context=default_context(loaded.config))
-        context = chosen.context  # the second model is judged with the context of the first
-        task = make_task(chosen, texts, subject.tokenizer, max_windows=max_windows)
         scores = score(loaded, task.rows, batch_size=batch_size, name=subject.name)
         results.append(figures(subject, loaded, task, scores, data=read.describe()))
         del loaded  # two large models need not fit at once
     result, other = results[0], results[1] if len(results) > 1 else None
     keys = ("token_perplexity", "word_perplexity", "byte_perplexity")
     ratio = None if other is None else {k: result[k] / other[k] for k in keys if result[k] and other[k]}
-    return {**result, "against": other, "ratio": ratio}
+    return {**result, "against": other, "ratio": ratio, "teacher_bits": teacher_bits}
 
 
 def figures(subject: Subject, model: Any, task: Task, scores: Scores, *, data: dict[str, Any]) -> dict[str, Any]:
@@ -112,9 +115,11 @@ def figures(subject: Subject, model: Any, task: Task, scores: Scores, *, data: d
 
     `token_perplexity`, `word_perplexity` and `byte_perplexity` are exp(nll / count), `bits_per_byte` is nll / bytes /
     ln 2; `nll` is in nats per token. Word and byte figures are None where the text under the tokens is unknown. `notes`
-    says what the figures themselves do not.
+    says what the figures themselves do not; `beyond_trained` is whether windows are longer than what the model was
+    trained on.
     """
     total = float(scores.nll.sum())
+    far = beyond_trained(subject, task.reads, what=task.protocol.windows)
     return {
         "model": subject.name,
         "model_type": getattr(model.config, "model_type", None),
@@ -136,17 +141,9 @@ def figures(subject: Subject, model: Any, task: Task, scores: Scores, *, data: d
         "byte_perplexity": safe_exp(total / task.bytes) if task.bytes else None,
         "bits_per_byte": total / task.bytes / math.log(2) if task.bytes else None,
         "by_position": by_position(scores),
-        "notes": _beyond(model.config, task),
+        "beyond_trained": far is not None,
+        "notes": [*([] if far is None else [far]), *subject.notes],
     }
-
-
-def _beyond(config: Any, task: Task) -> list[str]:
-    """What is to be said about tokens that lie further than the model has ever seen."""
-    own = getattr(config.get_text_config(), "max_position_embeddings", None)
-    longest = max(len(row.tokens) for row in task.rows) - 1  # the last token is predicted, and never read
-    if own is None or longest <= own:
-        return []
-    return [f"windows of {task.protocol.context:,} tokens reach beyond the {own:,} positions the model was trained on"]
 
 
 def by_position(scores: Scores) -> list[dict[str, Any]]:
@@ -211,33 +208,6 @@ def _losses(model: Any, ids: torch.Tensor, scored: torch.Tensor) -> np.ndarray:
     return torch.cat(parts).double().cpu().numpy()
 
 
-def open_subject(model: Any, *, device: str = "auto", dtype: str = "auto", masked: bool = False) -> Subject:
-    """A folder, Hub id, `demo` or (model, tokenizer) pair as a Subject; the tokenizer is read now.
-
-    Raises:
-        UsageError: no such model, no tokenizer, no such device, or a masked model where a causal one is needed (with
-            `masked`, the other way round).
-    """
-    require = require_masked if masked else require_causal
-    if isinstance(model, tuple):
-        loaded, tokenizer = model
-        require(loaded, _name(loaded))
-        return Subject(name=_name(loaded), tokenizer=tokenizer, load=lambda: loaded)
-    path = resolve(model)
-    require(path, str(model))
-    where = select_device(device)
-    kind = "float32" if dtype == "auto" and where.type == "cpu" else dtype
-    return Subject(
-        name=str(model), tokenizer=load_tokenizer(path), load=lambda: load_model(path, device=where, dtype=kind)
-    )
-
-
-def default_context(config: Any) -> int:
-    """The model's own context, at most 1024."""
-    own = getattr(config.get_text_config(), "max_position_embeddings", None)
-    return min(own or DEFAULT_CONTEXT, DEFAULT_CONTEXT)
-
-
 @contextmanager
 def eval_mode(model: Any) -> Iterator[None]:
     """`model` in eval mode, put back afterwards."""
@@ -264,7 +234,3 @@ def tokenizer_digest(tokenizer: Any) -> str:
 def safe_exp(value: float) -> float:
     """exp, held below the largest float: a perplexity of 1e300 says as much as infinity and is valid JSON."""
     return math.exp(min(value, 690.0))
-
-
-def _name(model: Any) -> str:
-    return str(getattr(model.config, "_name_or_path", "") or type(model).__name__)

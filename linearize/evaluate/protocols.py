@@ -41,6 +41,11 @@ class Protocol:
     def __str__(self) -> str:
         return f"{self.name}@{self.context}" + (f"+{self.option}" if self.option else "")
 
+    @property
+    def windows(self) -> str:
+        """Its windows, in words."""
+        return f"windows of {self.context:,} tokens"
+
 
 @dataclass(frozen=True, kw_only=True)
 class Row:
@@ -68,6 +73,11 @@ class Task:
         """Scored tokens."""
         return sum(row.scored for row in self.rows)
 
+    @property
+    def reads(self) -> int:
+        """Tokens that a model reads of the longest row: the last one is predicted, and never read."""
+        return max(len(row.tokens) for row in self.rows) - 1
+
 
 def parse_protocol(text: str | None, *, context: int | None, default_context: int) -> Protocol:
     """`concat@512`, `documents@512`, `lm-eval/wikitext` -> Protocol. None is `concat`; N may come from `context`.
@@ -88,7 +98,7 @@ def parse_protocol(text: str | None, *, context: int | None, default_context: in
     given = int(match["context"]) if match["context"] else None
     if given is not None and context is not None and given != context:
         raise UsageError(f"protocol {text!r} says {given} tokens and context says {context}", "Give one of them")
-    length = given or context or default_context
+    length = next(size for size in (given, context, default_context) if size is not None)
     if length < 2:
         raise UsageError(f"context {length}: a window needs at least 2 tokens")
     return Protocol(name=name, context=length, option=option)

@@ -23,13 +23,12 @@ from linearize.errors import RefusedError, UsageError, VerificationError
 from linearize.evaluate.perplexity import (
     CHUNK,
     TOKENS_PER_BATCH,
-    default_context,
     eval_mode,
-    open_subject,
     tokenizer_digest,
 )
 from linearize.evaluate.recall_tasks import SMALLEST_DISTANCE, RecallTask, longest_page, make_tasks
 from linearize.evaluate.recovery import REFERENCE_WINDOW, require_same_tokenizer
+from linearize.evaluate.subjects import default_context, open_subject, require_positions, require_softmax, warn_beyond
 from linearize.evaluate.truncation import truncated
 from linearize.modeling.family_table import body_and_head
 from linearize.progress import tell
@@ -56,6 +55,7 @@ def recall(
     distances: Sequence[int] | None = None,
     seed: int = 0,
     source: str | None = None,
+    teacher_bits: int | None = None,
 ) -> dict[str, Any]:
     """Recall at distances that the student's window does not reach, as a share of the teacher's own.
 
@@ -68,23 +68,31 @@ def recall(
         dtype: of the weights; auto: as stored on a GPU, float32 on a CPU.
         queries: of pairs and of passkeys at each distance, 8 on a page; as many quotations as pages.
         distances: in tokens from a value to its query; None: WINDOWS_AWAY, as far as the context allows.
+        teacher_bits: 8 or 4: hold the teacher in so many bits; see `linearize.teacher_bits`.
 
     Returns:
         What `compare` does, and model, against, context, distances, queries, seed, reference {window, sinks, own},
-        data, tokenizer_sha256, dtype and device.
+        data, tokenizer_sha256, dtype, device, teacher_bits, and beyond_trained (whether pages are longer than what a
+        model was trained on).
 
     Raises:
         UsageError: bad input, a distance within the window's reach, or two tokenizers. RefusedError: too little text,
             or a context too short for any distance. VerificationError: a score that is not finite.
     """
-    student, teacher = (open_subject(one, device=device, dtype=dtype) for one in (out, against))
+    student = open_subject(out, device=device, dtype=dtype)
+    teacher = open_subject(against, device=device, dtype=dtype, bits=teacher_bits)
+    require_softmax(teacher)
     texts, read = load_source(data, split="heldout", source=source)
     require_same_tokenizer(student, teacher)
-    model = student.load()
-    window, sinks, own = reference_window(model)
-    context = context or default_context(model.config)
+    window, sinks, own = reference_window(student.config)
+    context = context or default_context(student.config)
     far = choose_distances(student.tokenizer, window=window, context=context, distances=distances)
     tasks = make_tasks(student.tokenizer, texts, distances=far, queries=queries, seed=seed, context=context)
+    longest = max(task.tokens.shape[1] for task in tasks) - 1  # the last token is predicted, and never read
+    pages = f"pages of {longest + 1:,} tokens"
+    require_positions([student, teacher], longest, what=pages)
+    notes = warn_beyond([student, teacher], longest, what=pages)
+    model = student.load()
     report = {
         "model": student.name,
         "against": teacher.name,
@@ -97,6 +105,8 @@ def recall(
         "tokenizer_sha256": tokenizer_digest(student.tokenizer),
         "dtype": str(model.dtype).removeprefix("torch."),
         "device": str(model.device),
+        "teacher_bits": teacher_bits,
+        "beyond_trained": bool(notes),
     }
     mine = recall_scores(model, tasks, name=student.name)
     del model  # the teacher may need its room
@@ -109,7 +119,7 @@ def recall(
         found["notes"].append(
             f"without a window of its own: the floor is the teacher cut to a reference window of {window}"
         )
-    return {**report, **found}
+    return {**report, **found, "notes": [*notes, *teacher.notes, *found["notes"]]}
 
 
 @torch.no_grad()
@@ -175,9 +185,8 @@ def compare(
     return {**_share([pair for _, pair in known]), "tasks": by_task, "cells": cells, "notes": notes}
 
 
-def reference_window(model: Any) -> tuple[int, int, bool]:
-    """(window, sinks, whether they are the model's own) to which its teacher is cut to make the floor."""
-    config = model.config
+def reference_window(config: Any) -> tuple[int, int, bool]:
+    """(window, sinks, whether they are the model's own) to which a model's teacher is cut to make the floor."""
     spec = config.mixer_spec() if hasattr(config, "mixer_spec") and config.linear_layers else None
     return (spec.window, spec.sinks, True) if spec is not None and spec.window else (REFERENCE_WINDOW, 0, False)
 

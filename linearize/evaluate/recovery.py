@@ -17,13 +17,12 @@ from linearize.evaluate.perplexity import (
     Scores,
     Subject,
     by_position,
-    default_context,
     figures,
-    open_subject,
     safe_exp,
     score,
 )
 from linearize.evaluate.protocols import Task, make_task, parse_protocol
+from linearize.evaluate.subjects import default_context, open_subject, require_positions, require_softmax, warn_beyond
 from linearize.evaluate.truncation import truncated
 
 REFERENCE_WINDOW = 64
@@ -44,6 +43,7 @@ def audit(
     dtype: str = "auto",
     max_windows: int | None = 64,
     source: str | None = None,
+    teacher_bits: int | None = None,
 ) -> dict[str, Any]:
     """Recovery, branch audit and perplexity by position, all on the same windows (protocol `concat@N`).
 
@@ -58,31 +58,36 @@ def audit(
             own, at most 1024.
         dtype: of the weights; auto: as stored on a GPU, float32 on a CPU.
         max_windows: how many windows to read; None: all.
+        teacher_bits: 8 or 4: hold the teacher in so many bits; see `linearize.teacher_bits`.
 
     Returns:
         R (percent; None where the cut costs the teacher less than MINIMUM_GAP), ppl_teacher, ppl_window, ppl_student,
         branches {full, window, linear, none} (perplexities; `window` is None for a student without one), reference
-        {window, sinks, own}, by_position [{from, to, tokens, teacher, window, student}], notes, and of the student all
-        that `perplexity.figures` reports.
+        {window, sinks, own}, by_position [{from, to, tokens, teacher, window, student}], notes, teacher_bits,
+        beyond_trained (of either model), and of the student all else that `perplexity.figures` reports.
 
     Raises:
         UsageError: bad input, a model that is not converted, or two tokenizers. RefusedError: less text than one
             window, or a context that the window already covers. VerificationError: a loss that is not finite.
     """
-    student, teacher = (open_subject(one, device=device, dtype=dtype) for one in (out, against))
+    student = open_subject(out, device=device, dtype=dtype)
+    teacher = open_subject(against, device=device, dtype=dtype, bits=teacher_bits)
+    spec = _spec(student)
+    require_softmax(teacher)
     texts, read = load_source(data, split="heldout", source=source)
     require_same_tokenizer(student, teacher)
-    model = student.load()
-    spec = _spec(model, student.name)
     window, sinks = (spec.window, spec.sinks) if spec.window else (REFERENCE_WINDOW, 0)
     own = _trained_context(out) or 0
     protocol = parse_protocol(
-        None, context=context, default_context=own if own > 2 * window else default_context(model.config)
+        None, context=context, default_context=own if own > 2 * window else default_context(student.config)
     )
     if protocol.context <= 2 * window:
         raise RefusedError(f"context {protocol.context} does not reach beyond the window (two blocks of {window})",
                            f"Give a context well above {2 * window}")  # fmt: skip
+    require_positions([student, teacher], protocol.context, what=protocol.windows)
     task = make_task(protocol, texts, student.tokenizer, max_windows=max_windows)
+    far = warn_beyond([student, teacher], task.reads, what=protocol.windows)
+    model = student.load()
     branches = branch_scores(model, task, windowed=spec.window > 0, name=student.name)
     full = branches["full"]
     assert full is not None
@@ -101,7 +106,9 @@ def audit(
         branches={name: None if s is None else s.perplexity for name, s in branches.items()},
         reference={"window": window, "sinks": sinks, "own": spec.window > 0},
         by_position=_side_by_side(teacher=whole, window=cut, student=full),
-        notes=[*report["notes"], *notes],
+        teacher_bits=teacher_bits,
+        beyond_trained=bool(far),
+        notes=[*far, *teacher.notes, *notes],
     )
     return report
 
@@ -155,8 +162,8 @@ def _teacher_scores(teacher: Subject, task: Task, *, window: int, sinks: int) ->
         return whole, score(model, task.rows, name=f"{teacher.name} (cut to its window)")
 
 
-def _spec(model: Any, name: str) -> Any:
-    config = model.config
+def _spec(student: Subject) -> Any:
+    config, name = student.config, student.name
     if not hasattr(config, "mixer_spec"):
         kind = getattr(config, "model_type", "?")
         raise UsageError(f"{name} is not a converted model (its type is {kind})", "Give the OUT of linearize convert")

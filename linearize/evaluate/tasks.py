@@ -23,6 +23,7 @@ from typing import Any
 
 from linearize.errors import LinearizeError, UsageError, did_you_mean
 from linearize.progress import tell
+from linearize.teacher_bits import require_comparison_bits
 
 INSTALL = "pip install 'lm-eval>=0.4.9'"
 PACKAGES = ("linearize", "lm_eval", "torch", "transformers", "datasets")
@@ -51,6 +52,7 @@ def evaluate_tasks(
     device: str = "auto",
     dtype: str = "auto",
     bars: bool = False,
+    teacher_bits: int | None = None,
 ) -> dict[str, Any]:
     """Scores of `model`, and of `against` beside it, on tasks of lm-evaluation-harness.
 
@@ -65,10 +67,12 @@ def evaluate_tasks(
         context: most tokens of a prompt, cut on the left; None: what `model` was trained on, for both.
         dtype: of the weights; auto: as stored on a GPU, float32 on a CPU.
         bars: let the harness draw its progress bars.
+        teacher_bits: 8 or 4: hold `against` in so many bits; see `linearize.teacher_bits`.
 
     Returns:
         model, against, rows, groups (rows again, where a group of tasks has a score), tasks, limit, fewshot,
-        batch_size, context, dtype, device, versions and notes. A row: task, version, filter, fewshot, questions,
+        batch_size, context, dtype, device, versions, teacher_bits, beyond_trained (whether prompts may be longer than
+        what a model was trained on) and notes. A row: task, version, filter, fewshot, questions,
         metric, higher_is_better; student and student_se (the harness's own figure and standard error, in the metric's
         own unit, shares as 0 to 1), teacher and teacher_se, and difference (student - teacher) and difference_se, whose
         error takes questions in pairs: both models were asked the same ones. What is not known is None.
@@ -77,12 +81,19 @@ def evaluate_tasks(
         UsageError: lm-eval is not installed, a task is unknown, or its data cannot be had.
     """
     names = _checked(tasks, limit=limit, fewshot=fewshot, batch_size=batch_size, context=context)
+    require_comparison_bits(teacher_bits, against)
     require_harness()
     if include_path is not None and not Path(include_path).is_dir():
         raise UsageError(f"{include_path}: no such folder of tasks", "Give the folder that holds their YAML files.")
-    from linearize.evaluate.perplexity import open_subject
+    from linearize.evaluate.subjects import open_subject, require_positions, trained_positions, warn_beyond
 
-    subjects = [open_subject(one, device=device, dtype=dtype) for one in (model, against) if one is not None]
+    subjects = [open_subject(model, device=device, dtype=dtype)]
+    if against is not None:
+        subjects.append(open_subject(against, device=device, dtype=dtype, bits=teacher_bits))
+    context = context or trained_positions(subjects[0].config)
+    prompts = f"prompts of up to {context or 0:,} tokens"
+    require_positions(subjects, context or 0, what=prompts)
+    far = warn_beyond(subjects, context or 0, what=prompts)
     notes: Counter[str] = Counter()
     found: list[dict[str, Any]] = []
     with _listening(notes), _bars(bars):
@@ -95,7 +106,6 @@ def evaluate_tasks(
             loaded = subject.load()
             if not loaded.can_generate():
                 raise UsageError(f"{subject.name} is no causal language model", "The harness asks those alone")
-            context = context or _positions(loaded.config)
             tell(f"asking {', '.join(names)}", subject.name)
             found.append(_ask(subject, loaded, names, manager, limit, fewshot, batch_size, context))
             about = {"dtype": str(loaded.dtype).removeprefix("torch."), "device": str(loaded.device)}
@@ -115,7 +125,13 @@ def evaluate_tasks(
         "context": context,
         **about,
         "versions": installed_versions(PACKAGES),
-        "notes": [text if count == 1 else f"{text} ({count:,} times)" for text, count in notes.items()],
+        "teacher_bits": teacher_bits,
+        "beyond_trained": bool(far),
+        "notes": [
+            *far,
+            *(note for subject in subjects for note in subject.notes),
+            *(text if count == 1 else f"{text} ({count:,} times)" for text, count in notes.items()),
+        ],
     }
 
 
@@ -270,10 +286,6 @@ def _number(value: Any) -> float | None:
     except (TypeError, ValueError):
         return None
     return number if math.isfinite(number) else None
-
-
-def _positions(config: Any) -> int | None:
-    return getattr(config.get_text_config(), "max_position_embeddings", None)
 
 
 @contextmanager

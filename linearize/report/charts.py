@@ -44,7 +44,7 @@ class Axis:
     """Its end, where the points do not set it; so for `high`."""
     high: float | None = None
     base: float = 10.0
-    """Of a logarithmic axis' ticks."""
+    """Of the ticks: 2 for bytes and tokens, whose round numbers are powers of two."""
     ticks: Sequence[float] | None = None
     """The values that are named, if not what suits the range."""
 
@@ -115,9 +115,10 @@ def line_chart(
 
 def ticked_frame(plot: str, across: Scale, up: Scale, x: Axis, y: Axis) -> str:
     """A drawing with its axes' words around it."""
-    left = "".join(f'<span style="bottom:{_n(100 * up.place(t))}%">{escape(y.write(t))}</span>' for t in up.ticks)
+    rows, columns = (zip(at.ticks, _alike(axis, at.ticks), strict=True) for at, axis in ((up, y), (across, x)))
+    left = "".join(f'<span style="bottom:{_n(100 * up.place(t))}%">{escape(word)}</span>' for t, word in rows)
     below = "".join(f'<span class="{_edge(across.place(t))}" style="left:{_n(100 * across.place(t))}%">'
-                    f"{escape(x.write(t))}</span>" for t in across.ticks)  # fmt: skip
+                    f"{escape(word)}</span>" for t, word in columns)  # fmt: skip
     return (
         f'<div class="frame"><div class="y-label">{escape(y.label)}</div><div class="y-ticks" aria-hidden="true">{left}'
         f'</div><div class="plot">{plot}</div><div class="x-ticks" aria-hidden="true">{below}</div>'
@@ -198,7 +199,7 @@ class Scale:
         if high <= low:
             low, high = (low / 2, low * 2) if axis.log else (low - 0.5, low + 0.5)
         self.low, self.high = low, high
-        made = axis.ticks or (_log_ticks(low, high, axis.base) if axis.log else _ticks(low, high))
+        made = axis.ticks or (_log_ticks(low, high, axis.base) if axis.log else _ticks(low, high, base=axis.base))
         self.ticks = [tick for tick in made if low * (1 - 1e-9) <= tick <= high * (1 + 1e-9)]
 
     def place(self, value: float) -> float:
@@ -212,9 +213,10 @@ def _nice_ends(low: float, high: float, axis: Axis) -> tuple[float, float]:
     return (low if axis.low is not None else low - 0.06 * room), (high if axis.high is not None else high + 0.06 * room)
 
 
-def _ticks(low: float, high: float, about: int = 5) -> list[float]:
-    step = 10.0 ** math.floor(math.log10((high - low) / about))
-    step = next((step * m for m in (1, 2, 2.5, 5, 10) if (high - low) / (step * m) <= about), step * 10)
+def _ticks(low: float, high: float, about: int = 5, *, base: float = 10.0) -> list[float]:
+    step = base ** math.floor(math.log((high - low) / about, base))
+    round_ones = (1.0, 2.0) if base == 2 else (1.0, 2.0, 2.5, 5.0, 10.0)
+    step = next((step * m for m in round_ones if (high - low) / (step * m) <= about), step * base)
     first = math.ceil(low / step - 1e-9)
     return [round(i * step, 12) for i in range(first, math.floor(high / step + 1e-9) + 1)]
 
@@ -227,7 +229,15 @@ def _log_ticks(low: float, high: float, base: float) -> list[float]:
         inside = [tick for tick in found if low * (1 - 1e-9) <= tick <= high * (1 + 1e-9)]
         if len(inside) >= 3:
             return inside[:: math.ceil(len(inside) / 6)]
-    return [tick for tick in _ticks(low, high) if tick > 0]
+    return [tick for tick in _ticks(low, high, base=base) if tick > 0]
+
+
+def _alike(axis: Axis, ticks: Sequence[float]) -> list[str]:
+    """The words of ticks: 5k below 10k, where `short` alone would say 5000."""
+    words = [axis.write(tick) for tick in ticks]
+    if not any(word.endswith("k") for word in words):
+        return words
+    return [f"{t / 1e3:.3g}k" if word.isdigit() and t >= 1e3 else word for t, word in zip(ticks, words, strict=True)]
 
 
 def _drawable(points: Sequence[Point], x: Axis, y: Axis) -> list[Point]:

@@ -17,6 +17,7 @@ from linearize.report.attention_section import attention
 from linearize.report.bench import Curve, conditions, read_bench
 from linearize.report.facts import Memory, mapping, memory_of, read_history, text, whole
 from linearize.report.page import MARK, page
+from linearize.teacher_bits import require_comparison_bits
 
 TITLES = {
     "quality": "Quality",
@@ -40,6 +41,7 @@ def report(
     context: int | None = None,
     device: str = "auto",
     dtype: str = "auto",
+    teacher_bits: int | None = None,
 ) -> dict[str, Any]:
     """Write the report of the export `run` into one self-contained HTML file.
 
@@ -50,6 +52,7 @@ def report(
         bench: rows that `linearize bench` printed, as JSON or JSON lines.
         layer, head: of the attention maps that are shown first.
         context: tokens of one text of the audit; see `linearize.audit`.
+        teacher_bits: 8 or 4: hold the teacher in so many bits; see `linearize.teacher_bits`.
 
     Returns:
         file, bytes, sections (those with content), left_out (of what lacks its facts, the line that says so), audit
@@ -73,6 +76,7 @@ def report(
         raise UsageError(
             "--layer and --head choose an attention map, which needs --against and --data", "Give them, too."
         )
+    require_comparison_bits(teacher_bits, against)
     if against is not None:
         require_causal(folder, name, f"Leave out --against; measure it with: linearize eval {name} --against TEACHER")
     target = target_of(folder, name, out)
@@ -84,13 +88,13 @@ def report(
     shown = None
     audit: Mapping[str, Any] | None = mapping(manifest, "audit") or None
     if against is not None and data is not None:
+        from linearize.evaluate.recovery import audit as measure
         from linearize.report.measure import attention_facts
 
         require_choice(found, layer, head)
-        shown = attention_facts(folder, against, data=data, layer=layer, head=head, device=device, dtype=dtype)
-        from linearize.evaluate.recovery import audit as measure
-
-        audit = measure(folder, against=against, data=data, context=context, device=device, dtype=dtype)
+        how: dict[str, Any] = {"device": device, "dtype": dtype, "teacher_bits": teacher_bits}
+        audit = measure(folder, against=against, data=data, context=context, **how)
+        shown = attention_facts(folder, against, data=data, layer=layer, head=head, **how)
     history = read_history(folder)
     made = render(name, folder, manifest, found=found, history=history, audit=audit, shown=shown, curves=curves,
                   measured_on="" if bench is None else conditions(bench), masked=is_masked(folder))  # fmt: skip
@@ -136,9 +140,7 @@ def render(
     }
     paper, summary = text(recipe.get("paper") or ""), text(recipe.get("summary") or "").rstrip(".")
     title = f"{teacher or name}, linearized with {text(recipe.get('name')) or 'a recipe'}"
-    lede = ". ".join(
-        part for part in (summary, paper, f"The export is called {text(manifest.get('name') or about[0])}") if part
-    )
+    lede = ". ".join(part for part in (summary, paper, f"Export: {text(manifest.get('name') or about[0])}") if part)
     made[""] = page(
         name=title,
         lede=f"{lede}.",

@@ -8,15 +8,23 @@ from typing import Any
 import torch
 
 from linearize.data import load_source
-from linearize.evaluate.perplexity import default_context, open_subject
 from linearize.evaluate.protocols import CONCAT, Protocol, make_task
 from linearize.evaluate.recovery import require_same_tokenizer
+from linearize.evaluate.subjects import default_context, open_subject
 from linearize.progress import tell
 from linearize.report.attention import MOST, Chosen, collect, packed, spread, texts_of, tokens_for
 
 
 def attention_facts(
-    run: Path, against: Any, *, data: str, layer: int | None, head: int | None, device: str, dtype: str
+    run: Path,
+    against: Any,
+    *,
+    data: str,
+    layer: int | None,
+    head: int | None,
+    device: str,
+    dtype: str,
+    teacher_bits: int | None = None,
 ) -> dict[str, Any]:
     """The attention maps of teacher and student, and how they are to be shown.
 
@@ -26,7 +34,8 @@ def attention_facts(
     Raises:
         UsageError: another tokenizer, or a model that is not a converted one. RefusedError: too little text.
     """
-    student, teacher = (open_subject(one, device=device, dtype=dtype) for one in (run, against))
+    student = open_subject(run, device=device, dtype=dtype)
+    teacher = open_subject(against, device=device, dtype=dtype, bits=teacher_bits)
     require_same_tokenizer(student, teacher)
     texts, source = load_source(data, split="heldout")
     model, other = student.load(), teacher.load()

@@ -179,7 +179,11 @@
     const choose = () => {
       row = data.rows.find((one) => one.layer === Number(layer.value) && one.head === Number(head.value));
       panels.forEach(draw);
-      $$(".scatter .dot").forEach((dot) => dot.classList.toggle("on", data.rows[dot.dataset.row] === row));
+      for (const dot of $$(".scatter .dot")) {
+        const on = data.rows[dot.dataset.row] === row;
+        dot.classList.toggle("on", on);
+        if (on) dot.parentNode.append(dot); // what is drawn last lies on top
+      }
       tell();
       tint();
     };

@@ -134,6 +134,9 @@ def _bytes(value: Any) -> str:
 
 
 def _time(seconds: float) -> str:
+    """`52 s`, `3:05 min`, `1:02:03 h`."""
+    if seconds < 60:
+        return f"{seconds:.3g} s"
     minutes, rest = divmod(round(seconds), 60)
     hours, minutes = divmod(minutes, 60)
-    return f"{hours}:{minutes:02}:{rest:02}" if hours else f"{minutes}:{rest:02} min"
+    return f"{hours}:{minutes:02}:{rest:02} h" if hours else f"{minutes}:{rest:02} min"

@@ -48,8 +48,16 @@ class Count:
         return self.lost + self.stuck + self.unclear
 
 
-def run_all(artifacts: list[Artifact], base: Path, *, every: int = 1, modes: tuple[str, ...] = MODES) -> Count:
-    """Try every `every`-th crash point of every artifact in every mode, in forked children of this process."""
+def run_all(
+    artifacts: list[Artifact],
+    base: Path,
+    *,
+    every: int = 1,
+    modes: tuple[str, ...] = MODES,
+    told: Callable[[str], None] = lambda line: None,
+) -> Count:
+    """Try every `every`-th crash point of every artifact in every mode, in forked children of this process; `told` is
+    given a line for each artifact and mode, for all of them take an hour."""
     import safetensors.torch  # noqa: F401 - here, so that no child has to
 
     count = Count()
@@ -57,6 +65,7 @@ def run_all(artifacts: list[Artifact], base: Path, *, every: int = 1, modes: tup
         total = _changes(artifact, base / "count")
         gc.freeze()  # children that collect garbage need not look through all of this process
         for number, mode in enumerate(modes):
+            told(f"{artifact.name}: {mode}, at {len(range(1 + number % every, total + 1, every)):,} changes")
             for at in range(1 + number % every, total + 1, every):
                 _try(artifact, base / "try", at, mode, count)
         gc.unfreeze()
@@ -148,8 +157,10 @@ def _child(work: Callable[[], Any]) -> int:
             work()
         except Died:
             code = DIED
-        except LinearizeError:
+        except LinearizeError as error:
             code = REFUSED
+            if os.environ.get("LINEARIZE_DEBUG"):
+                sys.stderr.write(f"refused: {error}\n")
         except OSError as error:
             code = ERROR
             if os.environ.get("LINEARIZE_DEBUG"):
@@ -172,7 +183,9 @@ def main(argv: list[str] | None = None) -> int:
     begin = time.monotonic()
     with tempfile.TemporaryDirectory(prefix="linearize-faults-") as place:
         chosen = [artifact for artifact in artifacts(Path(place)) if given.only in artifact.name]
-        count = run_all(chosen, Path(place), every=max(1, given.every))
+        count = run_all(
+            chosen, Path(place), every=max(1, given.every), told=lambda line: print(line, file=sys.stderr, flush=True)
+        )
     result = {
         "crash_points": count.points,
         "artifacts_lost": len(count.lost),

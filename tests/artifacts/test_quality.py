@@ -58,6 +58,19 @@ def test_a_full_disk_at_either_file(tmp_path: Path, monkeypatch: pytest.MonkeyPa
     assert verify_manifest(tmp_path) == [] and "/home/me" not in card + (tmp_path / "linearize.json").read_text()
 
 
+def test_a_teacher_in_few_bits_is_said_with_the_command_that_checks_it(tmp_path: Path) -> None:
+    write_manifest(tmp_path, {"name": "out"})
+    plain = save_audit(tmp_path, REPORT, against="demo")
+    card = (tmp_path / "README.md").read_text()
+    assert "teacher_bits" not in plain and "--teacher-bits" not in card and "longer than" not in card
+    found = save_audit(tmp_path, REPORT | {"teacher_bits": 4, "beyond_trained": True}, against="demo")
+    card = (tmp_path / "README.md").read_text()
+    assert (found["teacher_bits"], found["beyond_trained"]) == (4, True)
+    assert "| the teacher, `demo`, held in 4 bit (nf4) | 2.0000 |" in card and "untrained, held in 4 bit" in card
+    assert "--dtype float32 --teacher-bits 4\n" in card and "longer than what the models were trained on" in card
+    assert "teacher_bits: 4" in card  # the metadata's entry of R
+
+
 def test_an_export_without_a_card_gets_one(tmp_path: Path) -> None:
     write_manifest(tmp_path, {"name": "out"})
     save_audit(tmp_path, REPORT, against="demo")

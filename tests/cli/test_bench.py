@@ -141,11 +141,11 @@ def test_tasks_for_people(calls: list[Any], capsys: pytest.CaptureFixture) -> No
 
 def test_tasks_pass_everything_on(calls: list[Any], capsys: pytest.CaptureFixture) -> None:
     more = ["--fewshot", "2", "--batch-size", "3", "--include-path", "d", "--context", "64", "--dtype", "float32"]
-    assert main(["eval", "o", "--tasks", "a", *more, "--json"]) == 0
+    assert main(["eval", "o", "--tasks", "a", *more, "--teacher-bits", "4", "--json"]) == 0
     assert json.loads(capsys.readouterr().out) == TASKS
     assert calls[0][1] == {
         "tasks": ["a"], "limit": None, "fewshot": 2, "batch_size": 3, "include_path": Path("d"), "bars": False,
-        "against": None, "context": 64, "device": "auto", "dtype": "float32",
+        "against": None, "context": 64, "device": "auto", "dtype": "float32", "teacher_bits": 4,
     }  # fmt: skip
 
 

@@ -289,7 +289,7 @@ def test_eval_audit_inspect_and_generate_pass_everything_on(library: dict[str, A
     assert main(["audit", "o", "--data", "d", "--against", "t", *run]) == 0
     assert main(["inspect", "m", "--recipe", "based"]) == 0
     assert main(["generate", "m", "-p", "hi", "--max-new-tokens", "7", "--temperature", "0.5", "--seed", "9"]) == 0
-    common = {"context": 128, "device": "cpu", "dtype": "float32", "data": "d", "against": "t"}
+    common = {"context": 128, "device": "cpu", "dtype": "float32", "data": "d", "against": "t", "teacher_bits": None}
     assert CALLS[0] == ("evaluate", ("m",), {**common, "protocol": "concat@128", "max_windows": None})
     assert CALLS[1] == ("audit", ("o",), {**common, "max_windows": 64})
     assert CALLS[2] == ("inspect", ("m", load_recipe("based")), {})

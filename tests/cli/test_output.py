@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from linearize.progress import NullProgress, Progress, tell
+from linearize.progress import NullProgress, Progress, tell, warn
 from linearize_cli import output, results
 
 
@@ -83,6 +83,8 @@ def test_a_dumb_terminal_gets_lines(monkeypatch: pytest.MonkeyPatch) -> None:
         ("tokens", 2_000_000, "2,000,000"),
         ("layer", 12, "12"),
         ("mean_match", 0.46381, "46.4 %"),
+        ("seconds", 0.0055, "0.0055 s"),
+        ("seconds", 0.0, "0.00 s"),
         ("seconds", 0.078546, "0.08 s"),
         ("seconds", 125.0, "2:05"),
         ("loss", 0.000123456, "0.00012346"),
@@ -144,6 +146,35 @@ def test_work_is_told_once_where_there_is_no_terminal(capsys: pytest.CaptureFixt
         tell("reading 2 windows", "out (window)")
     tell("nobody listens", "any more")
     assert capsys.readouterr().err == "reading 2 windows\n"
+
+
+def test_a_warning_is_said_at_once_and_once(capsys: pytest.CaptureFixture) -> None:
+    for doings in (True, False):
+        with output.watching(doings=doings):
+            warn("far beyond")
+            warn("far beyond")
+            tell("reading 2 windows", "out")
+        warn("nobody listens")
+        said = capsys.readouterr().err
+        assert said == "warning: far beyond\n" + ("reading 2 windows\n" if doings else "")
+        assert output.unsaid(["far beyond", "another"]) == ["another"]
+    with output.watching():
+        assert output.unsaid(["far beyond"]) == ["far beyond"]  # another run, another result
+
+
+def test_a_warning_stays_on_a_terminal(monkeypatch: pytest.MonkeyPatch) -> None:
+    terminal = Terminal()
+    monkeypatch.setattr(sys, "stderr", terminal)
+    monkeypatch.setenv("TERM", "xterm-256color")
+    with output.watching():
+        time.sleep(0.2)
+        warn("far beyond")
+    assert "warning: far beyond\n" in terminal.getvalue()
+
+
+def test_the_unit_is_said_once(capsys: pytest.CaptureFixture) -> None:
+    output.print_report("", {"disk": {"folder": "/x", "free_bytes": 2048}})
+    assert capsys.readouterr().err.split() == ["disk", "folder", "/x", "free", "2.0", "KiB"]
 
 
 def test_work_is_shown_on_a_terminal_and_goes_away(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -80,7 +80,7 @@ def test_json_is_the_only_thing_on_stdout(calls: list[Any], capsys: pytest.Captu
 def test_everything_is_passed_on(calls: list[Any]) -> None:
     assert main(ARGV) == 0
     more = ["--distance", "200", "--distance", "400", "--queries", "128", "--context", "2048", "--seed", "3"]
-    assert main([*ARGV, *more, "--device", "cpu", "--dtype", "float32"]) == 0
+    assert main([*ARGV, *more, "--device", "cpu", "--dtype", "float32", "--teacher-bits", "8"]) == 0
     (_, plain), (args, kwargs) = calls
     assert args == ("o",)
     assert kwargs == {
@@ -89,6 +89,7 @@ def test_everything_is_passed_on(calls: list[Any]) -> None:
         "context": 2048,
         "device": "cpu",
         "dtype": "float32",
+        "teacher_bits": 8,
         "queries": 128,
         "distances": [200, 400],
         "seed": 3,

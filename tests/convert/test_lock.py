@@ -131,3 +131,16 @@ def test_a_run_folder_that_leads_elsewhere_is_refused(tmp_path: Path) -> None:
     with pytest.raises(RefusedError, match="cannot be written"), open_run(tmp_path / "other"):
         pass
     assert not list((tmp_path / "elsewhere").iterdir()) and (tmp_path / "file").read_text() == "mine"
+
+
+@pytest.mark.parametrize("place", ["out", "deeper/out"])
+def test_a_finished_conversion_is_not_written_into(tmp_path: Path, place: str) -> None:
+    """What lay there would be taken for what somebody added, and the model refused from then on."""
+    (tmp_path / "export").mkdir()
+    (tmp_path / "export" / "linearize.json").write_text("{}")
+    for resume in (False, True):
+        with pytest.raises(
+            RefusedError, match=r"would lie inside .*/export, a finished conversion\. Choose an OUT beside"
+        ):
+            require_out(tmp_path / "export" / place, resume=resume)
+    require_out(tmp_path / "export-2" / place, resume=False)

@@ -112,12 +112,13 @@ def test_interrupted_and_resumed(
     assert not out.exists()
     with pytest.raises(RefusedError, match=r"holds an unfinished run\. Add --resume"):
         run()
-    with pytest.raises(RefusedError, match=r"another conversion; differing: the recipe \(seed=6, then 5\)\. Give what"):
+    with pytest.raises(RefusedError, match=r"differing: the recipe \(seed=6, begun with 5\)\. Give what"):
         run(overrides=[*OPTIONS, "seed=6"], resume=True)
-    with pytest.raises(RefusedError, match=r"differing: the recipe \(context=48, then 64\)\. Give"):  # so other windows
+    # so other windows
+    with pytest.raises(RefusedError, match=r"differing: the recipe \(context=48, begun with 64\)\. Give"):
         run(overrides=[*OPTIONS, "context=48"], resume=True)
     (tmp_path / "other.txt").write_text(text_file.read_text()[::-1])
-    with pytest.raises(RefusedError, match=rf"the text \({tmp_path}/other.txt, then {text_file}\)\. Give"):
+    with pytest.raises(RefusedError, match=rf"the text \({tmp_path}/other.txt, begun with {text_file}\)\. Give"):
         run(data=str(tmp_path / "other.txt"), resume=True)
     with pytest.raises(KeyboardInterrupt):
         run(progress=Interrupter("finetune", 5), resume=True)

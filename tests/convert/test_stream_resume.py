@@ -9,7 +9,9 @@ import sys
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
+import torch
 
 from linearize.convert import checkpoint, pipeline, stream_convert, stream_progress, stream_run
 from linearize.convert.early import run_folder
@@ -137,3 +139,21 @@ def test_a_missing_file_of_hidden_states_is_named(
     os.truncate(run_folder(out) / "align-00000.hidden", 100)
     with pytest.raises(RefusedError, match=r"align-00000\.hidden is missing or cut short\. To start over, delete"):
         convert(teacher_folder, out, resume=True, **run)
+
+
+def test_hidden_states_lie_on_the_disk_under_their_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The next checkpoint counts on them: a file whose name is not flushed may be gone after the power is."""
+    flushed: list[tuple[int, int]] = []
+    real = os.fsync
+
+    def fsync(handle: int) -> None:
+        place = os.fstat(handle)
+        flushed.append((place.st_dev, place.st_ino))
+        real(handle)
+
+    monkeypatch.setattr(os, "fsync", fsync)
+    stream = Stream(name="align", rows=np.arange(2), context=3, hidden=4, dtype=torch.float32, batch=1, folder=tmp_path)
+    stream.write(1, (torch.ones(1, 3, 4) for _ in range(2)))
+    places = [path.stat() for path in (stream.path(1), tmp_path)]
+    assert flushed == [(place.st_dev, place.st_ino) for place in places]
+    stream.require(1)

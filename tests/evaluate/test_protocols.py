@@ -49,6 +49,7 @@ def test_parse() -> None:
     for bad, message in (
         ("concatt@5", "unknown protocol 'concatt@5'. Did you mean 'concat'"),
         ("concat@", "unknown protocol"),
+        ("concat@0", "at least 2 tokens"),
         ("concat@1", "at least 2 tokens"),
         ("documents+eos", "has no variant 'eos'"),
         ("lm-eval/wikitext+single_bos", "no variant 'single_bos'"),

@@ -319,10 +319,10 @@ def test_a_teacher_against_itself(pair: Any, letters: Path, monkeypatch: pytest.
 
 def test_the_window_of_the_floor(pair: Any) -> None:
     own = MixerSpec(window=8, sinks=2)
-    assert reference_window(untrained(pair, own, ["linear", "softmax"])) == (8, 2, True)
-    assert reference_window(untrained(pair, own, ["softmax", "softmax"])) == (64, 0, False)
+    assert reference_window(untrained(pair, own, ["linear", "softmax"]).config) == (8, 2, True)
+    assert reference_window(untrained(pair, own, ["softmax", "softmax"]).config) == (64, 0, False)
     bare = MixerSpec(window=0, coverage="all", normaliser="own", mix="sum")
-    assert reference_window(untrained(pair, bare)) == (64, 0, False)
+    assert reference_window(untrained(pair, bare).config) == (64, 0, False)
 
 
 def test_distances_lie_beyond_the_window_and_within_the_context(tokenizer: Any) -> None:

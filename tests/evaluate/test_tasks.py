@@ -169,6 +169,25 @@ def test_teacher_and_student_in_one_table(
     assert group["student"] == rows["acc"]["student"] and group["difference_se"] is None
     assert json.loads(json.dumps(found)) == found
     assert undocumented("eval --tasks", found) == []
+
+
+def test_a_teacher_in_few_bits_and_prompts_beyond_its_positions(
+    pure_export: Path,
+    teacher_folder: Path,
+    folder: Path,
+    few_tasks: Any,
+    monkeypatch: pytest.MonkeyPatch,
+    undocumented: Callable[[str, dict[str, Any]], list[str]],
+) -> None:
+    pytest.importorskip("bitsandbytes", reason="needs bitsandbytes, of the extra `quantize`")
+    monkeypatch.setattr(module, "_manager", few_tasks)
+    found = evaluate_tasks(
+        pure_export, tasks=[CHOICE], against=teacher_folder, include_path=folder, limit=3, context=256, teacher_bits=4
+    )
+    assert (found["teacher_bits"], found["beyond_trained"]) == (4, True)
+    assert [note.split(" of up to ")[0] for note in found["notes"][:2]] == ["prompts", "prompts"]
+    assert f"{teacher_folder} was held in 4 bit" in found["notes"][2]
+    assert all(row["teacher"] is not None for row in found["rows"]) and undocumented("eval --tasks", found) == []
     # Warnings of the harness are counted, not printed: here, prompts that do not fit into the context.
     cut = evaluate_tasks(teacher_folder, tasks=[CHOICE], include_path=folder, limit=3, context=5)
     assert any(note.startswith("lm-eval: Combined length of context (N)") for note in cut["notes"])

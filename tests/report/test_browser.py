@@ -115,6 +115,9 @@ def test_layer_and_head_redraw_the_maps(browser: Any, full: dict[str, Any]) -> N
     page.locator(".dot[data-row='0'].student").dispatch_event("click")
     shows(0, 0)
     assert page.locator(".dot.on").count() == 2
+    places = visit.page.evaluate("[...document.querySelectorAll('.scatter .dot')].map(d => d.classList.contains('on'))")
+    chosen = sum(places)
+    assert 0 < chosen < len(places) and all(places[-chosen:])  # drawn last, so nothing hides it
     visit.close()
 
 

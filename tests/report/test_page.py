@@ -246,6 +246,33 @@ def test_ticks_are_round_numbers_in_range() -> None:
     assert scale(two, 128, 2048) == ["128", "256", "512", "1024", "2048"]
 
 
+@pytest.mark.parametrize("high", [1.7e4, 1.9e7, 2.5e7, 3e9])
+def test_bytes_have_ticks_that_are_round_in_binary(high: float) -> None:
+    """4 MiB, 8 MiB, not 4.77 MiB, 9.54 MiB."""
+    ticks = Scale(Axis(label="", base=2, low=0.0), 0.0, high, padded=True).ticks
+    assert 3 <= len(ticks) <= 6 and ticks[0] == 0
+    step = ticks[1]
+    assert step == 2 ** (step.as_integer_ratio()[0].bit_length() - 1) and ticks == [step * i for i in range(len(ticks))]
+    assert all(re.fullmatch(r"\d+ (bytes|[KMG]iB)", in_bytes(tick)) for tick in ticks)
+
+
+def test_ticks_of_one_axis_are_written_alike() -> None:
+    axis = Axis(label="tokens a second", low=0.0)
+    made = line_chart(
+        [Series(name="a", points=[(1.0, 7e3), (2.0, 22e3)])], title="Speed", x=Axis(label="context"), y=axis
+    )
+    shown = re.findall(r'<span style="bottom:[^>]*>([^<]+)<', made)
+    assert shown == ["0", "5k", "10k", "15k", "20k"]
+
+
+@pytest.mark.parametrize(
+    ("seconds", "shown"), [(0.25, "0.25 s"), (51.6, "51.6 s"), (60.0, "1:00 min"), (3723.0, "1:02:03 h")]
+)
+def test_times_are_read_at_a_glance(seconds: float, shown: str) -> None:
+    stages = {"align": {**MANIFEST["figures"]["stages"]["align"], "seconds": seconds}}
+    assert f"<td>{shown}</td>" in made({**MANIFEST, "figures": {"stages": stages}})
+
+
 def test_bars_on_a_logarithmic_scale_keep_their_order() -> None:
     bars = [Bar(name=str(v), value=v, shown=str(v)) for v in (10.0, 100.0, 1000.0)]
     widths = [

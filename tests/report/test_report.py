@@ -107,11 +107,12 @@ def test_the_command_passes_everything_on(monkeypatch: pytest.MonkeyPatch, capsy
         "3",
         "--head",
     ]
-    assert main([*argv, "0", "--context", "64", "--device", "cpu", "--dtype", "float32", "--json"]) == 0
+    more = ["--context", "64", "--device", "cpu", "--dtype", "float32", "--teacher-bits", "4", "--json"]
+    assert main([*argv, "0", *more]) == 0
     assert json.loads(capsys.readouterr().out)["file"] == "r.html"
     assert calls[1] == ("out", {
         "against": "m", "data": "d", "out": "r.html", "bench": "b", "layer": 3, "head": 0, "context": 64,
-        "device": "cpu", "dtype": "float32",
+        "device": "cpu", "dtype": "float32", "teacher_bits": 4,
     })  # fmt: skip
     assert main(["report", "out", "--layer", "-1"]) == 2 and main(["report"]) == 2
 
