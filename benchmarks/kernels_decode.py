@@ -180,7 +180,7 @@ def warm_up(wanted: Collection[Key], device: str = "cuda") -> None:
     """Compile what the steps and their check need, one layer each."""
     if any(key[1] == "linearize" for key in wanted):
         with contextlib.suppress(Exception):  # decode_rows checks, and says what is wrong
-            check_ours()
+            check_ours(batch=1)
             check_ours(batch=16)
     for name, shape in dict.fromkeys((key[1], key[2]) for key in wanted):
         batch, context = map(int, shape.split("x"))
@@ -230,7 +230,7 @@ def decode_rows(wanted: Collection[Key]) -> Iterator[Row]:
     wrong: str | None = None
     if any(key[1] == "linearize" for key in wanted):
         try:
-            wrong = check_ours() or check_ours(batch=16)
+            wrong = check_ours(batch=1) or check_ours(batch=16)
         except Exception as error:
             wrong = f"the check failed: {type(error).__name__}: {str(error)[:120]}"
     for name, batch in dict.fromkeys((key[1], int(key[2].partition("x")[0])) for key in KEYS if key in wanted):

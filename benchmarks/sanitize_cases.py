@@ -41,15 +41,15 @@ def layer(build: Build) -> None:
         torch.autograd.grad(subject.maps_forward(), chosen, upstream)
 
 
-def step(recipe: str) -> None:
-    """Two tokens of a layer: the one that ends a block, and the next."""
+def step(recipe: str, batch: int = 2) -> None:
+    """Two tokens of a layer: the one that ends a block, and the next. Larger batches take other kernels."""
     from benchmarks.kernels_decode import our_layers
     from linearize.recipe import load_recipe
     from linearize_kernels.decode import settle
 
     sizes: dict[str, Any] = {"heads": SHAPE.heads, "kv_heads": SHAPE.kv_heads, "spec": load_recipe(recipe).mixer}
     with torch.no_grad():
-        ((mixer, cache),), token, call = our_layers(2, 2 * SHAPE.window - 1, "cuda", layers=1, **sizes)
+        ((mixer, cache),), token, call = our_layers(batch, 2 * SHAPE.window - 1, "cuda", layers=1, **sizes)
         for _ in range(2):
             mixer(*token, **call, cache=cache)
             settle([cache.tensors | cache.workspace])
@@ -89,6 +89,7 @@ def cases() -> dict[str, Callable[[], None]]:
         "scalar gate": partial(layer, ours.gated("scalar")),
         "window": partial(layer, ours.window),
         "decode, lolcats": partial(step, "lolcats"),
+        "decode, lolcats, 8 sequences": partial(step, "lolcats", 8),
         "decode, pure": partial(step, "pure"),
         "decode, gated-deltanet": partial(step, "gated-deltanet"),
         "distillation loss": distill,

@@ -1,4 +1,6 @@
-"""One token of a whole mixer in one launch, or three where its map is wide: every branch, and all that is kept.
+"""One token of a whole mixer: every branch, and all that is kept.
+
+One launch; two where a batch of LoLCATs' mixer fills a card, three where a map is wide.
 
 The torch definition of the same step is modeling's MixerState.step, from the functions of step.py. Nothing that is read
 depends on how many tokens came before, and nothing goes to the host: one CUDA graph serves every step.
@@ -33,8 +35,8 @@ TWO_SIDED = ("hedgehog_softmax", "hedgehog_exp", "crelu")
 LEARNED = ("hedgehog_softmax", "hedgehog_exp", "learned_softmax", "relu", "linear", "crelu")
 BIASED = ("hedgehog_exp", "learned_softmax", "relu")
 SCALED = ("identity", "l2norm", "linear", "crelu")
-EACH = ("hedgehog_exp", "relu", "linear", "crelu")
-"""Learned maps that act on each feature alone, so that features can be read in tiles."""
+TILED = ("hedgehog_exp", "learned_softmax", "relu", "linear", "crelu")
+"""Learned maps whose features can be read in tiles: each by itself, or with a sum over all of one sign."""
 WIDE = 256
 """From how many features a sign they are read in tiles, where they can be: three launches instead of one."""
 MOST_FEATURES, MOST_CHANNELS, MOST_SLOTS = 512, 256, 512
@@ -72,7 +74,7 @@ def wide(rule: StepRule) -> bool:
     """Whether the features are read in tiles: the map is wide, and every token enters an additive state at once."""
     return (
         rule.width >= WIDE
-        and rule.feature_map in EACH
+        and rule.feature_map in TILED
         and rule.key_map in ("same", rule.feature_map)
         and rule.write == "add"
         and not rule.lagged

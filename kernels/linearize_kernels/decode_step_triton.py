@@ -43,13 +43,14 @@ def decode_kernel(
     MAP: tl.constexpr, KEY_MAP: tl.constexpr, LEARNED: tl.constexpr, BIASED: tl.constexpr, UNIT: tl.constexpr,
     QUERY_SCALED: tl.constexpr, UNROTATE: tl.constexpr, OWN: tl.constexpr, WRITE: tl.constexpr, LAGGED: tl.constexpr,
     DECAY: tl.constexpr, DT_GAIN: tl.constexpr, NEGATIVE: tl.constexpr, NORM: tl.constexpr, MIX: tl.constexpr,
-    PARTS: tl.constexpr, PP: tl.constexpr, HOLD: tl.constexpr,
+    PARTS: tl.constexpr, PP: tl.constexpr, HOLD: tl.constexpr, EARLY: tl.constexpr,
 ):  # fmt: skip
     """Grid (tiles of value channels, B H / GROUP). Shapes in decode.py; D channels, F outputs of the map a sign.
 
     PARTS: 0, or into how many tiles decode_wide_triton cut the features; it has read the state, its sums are here.
-    PP: the power of two that covers PARTS. HOLD: the window's tokens are loaded first and
-    stay in registers for all R heads; else after the state was read, with fewer registers and more latency.
+    PP: the power of two that covers PARTS. EARLY: it may begin before those sums are there, and waits for them.
+    HOLD: the window's tokens are loaded first and stay in registers for all R heads; else after the state was read,
+    with fewer registers and more latency.
     """
     N: tl.constexpr = F * SIGNS
     HAS_Z: tl.constexpr = (NORM == "shared") or (NORM == "own")
@@ -195,17 +196,7 @@ def decode_kernel(
         for r in range(R):
             h = s * R + r
             q_head = q + b * sqb + h * sqh
-            if PARTS > 0:
-                op = tl.arange(0, PP)
-                at_p = (b * H + h) * PARTS + op
-                part = tl.load(
-                    parts + (at_p[:, None] * D + ov[None, :]), mask=(op < PARTS)[:, None] & in_v[None, :], other=0.0
-                )
-                linear = tl.sum(part, 0)
-                mass = 0.0
-                if HAS_Z:
-                    mass = tl.sum(tl.load(masses + at_p, mask=op < PARTS, other=0.0), 0)
-            elif WRITE != "none":
+            if WRITE != "none" and PARTS == 0:
                 mapped = q_head
                 if OWN:
                     mapped = q_lin + (b * H + h) * D
@@ -251,6 +242,24 @@ def decode_kernel(
                     far_weights = tl.exp(far_scores - largest)
                     total += tl.sum(far_weights, 0)
                     result += tl.sum(far_weights[:, None] * s_values.to(tl.float32), 0)
+            share = WINDOW_WEIGHT
+            if W > 0 and (MIX == "gate" or MIX == "mass"):
+                share = token_score(x, mix_weight + h * C, mix_bias + h, C, CT)
+                if MIX == "mass":
+                    share = tl.log(total) + largest - share
+                share = tl.sigmoid(share)
+            if PARTS > 0:
+                if EARLY:
+                    tl.extra.cuda.gdc_wait()
+                op = tl.arange(0, PP)
+                at_p = (b * H + h) * PARTS + op
+                part = tl.load(
+                    parts + (at_p[:, None] * D + ov[None, :]), mask=(op < PARTS)[:, None] & in_v[None, :], other=0.0
+                )
+                linear = tl.sum(part, 0)
+                mass = 0.0
+                if HAS_Z:
+                    mass = tl.sum(tl.load(masses + at_p, mask=op < PARTS, other=0.0), 0)
             if WRITE != "none":
                 if NORM == "own":
                     linear /= tl.maximum(mass, TINY)
@@ -266,12 +275,6 @@ def decode_kernel(
                     gamma = tl.sigmoid(tl.load(window_logit + h).to(tl.float32))
                     result = (gamma * result + linear) / (gamma * total + mass)
                 else:
-                    share = WINDOW_WEIGHT
-                    if MIX == "gate" or MIX == "mass":
-                        share = token_score(x, mix_weight + h * C, mix_bias + h, C, CT)
-                        if MIX == "mass":
-                            share = tl.log(total) + largest - share
-                        share = tl.sigmoid(share)
                     result = share * (result / total) + (1.0 - share) * linear
             else:
                 result /= total

@@ -47,7 +47,8 @@ def gated_out(
         return {"BF": _tile(features, 32), "BV": _tile(values, 128), "num_warps": 4, "num_stages": 1}
     # With a denominator the queries are read twice, by tensor cores and by a sum: of two stages Triton 3.6 makes a
     # pipeline that has one slot for them, and fills it while the tensor cores still read.
-    return {"BF": _tile(features, 64), "BV": _tile(values, 128), "num_warps": 8, "num_stages": 1 if norm else 2}
+    stages = 1 if norm else 3 if _roomy(capability, dtype) else 2
+    return {"BF": _tile(features, 64), "BV": _tile(values, 128), "num_warps": 8, "num_stages": stages}
 
 
 def gated_prepare(capability: int, features: int, dtype: torch.dtype) -> dict[str, int]:
@@ -120,100 +121,39 @@ def decode(
     return {"BV": min(whole, 32 if few or tall else 64), "GROUP": ratio, "num_warps": 8 if tall else 4}
 
 
-def decode_wide(capability: int, head_dim: int, features: int) -> dict[str, dict[str, int]]:
-    """Features a program, sequences a program, and warps, of the kernels of decode_wide_triton and of their reader."""
+def decode_split(
+    capability: int, head_dim: int, features: int, window: int, batch: int, kv_heads: int, dtype: torch.dtype
+) -> dict[str, dict[str, int]] | None:
+    """Of decode_split_triton's kernels: value tile BV, tokens PART and channels VT of a fold, warps. None: one launch.
+
+    features: all of a head. Few sequences fill a card better in one launch, in which every head makes all it needs at
+    once. Tiles of the window, and of the state, have to fit into registers.
+    """
+    if capability == 0:  # the interpreter: both ways are tested
+        far = {"BV": _tile(head_dim, 32), "VT": 16, "PART": 16, "num_warps": 4}
+        return None if batch < 2 else {"near": {"num_warps": 4}, "far": far}
+    if batch * kv_heads < 16 or dtype != torch.bfloat16:
+        return None
+    if 2 * window * head_dim > 128 * 128 or features > 128:
+        return None
+    far = {"BV": _tile(head_dim, 64), "VT": 32, "PART": 16, "num_warps": 4, "maxnreg": 128}
+    return {"near": {"num_warps": 8}, "far": far}
+
+
+def decode_wide(capability: int, head_dim: int, features: int, signs: int, batch: int) -> dict[str, dict[str, int]]:
+    """Features a program, sequences a program, and warps, of the kernels of decode_wide_triton and of their reader.
+
+    Few sequences are multiplied one by one. Sums over a tile of the state cross warps: more of them, or smaller tiles,
+    were slower.
+    """
     tile = 16 if capability == 0 else 32
+    few = 1 << (batch - 1).bit_length()
+    one_by_one = few <= 4
     return {
-        "features": {"BF": tile, "ROWS": 16, "num_warps": 4},
-        "state": {"BF": tile, "num_warps": 8 if head_dim > 128 else 4},
-        "step": {"BV": _tile(head_dim, 32), "num_warps": 4},
+        "features": {"BF": 2 * tile if one_by_one else tile, "ROWS": few if one_by_one else 16, "num_warps": 4},
+        "state": {"BF": 2 * tile // signs, "num_warps": 8 if head_dim > 128 else 4},
+        "step": {"BV": _tile(head_dim, 64 if batch > 1 else 32), "num_warps": 4},
     }
-
-
-def window_linear_scan(capability: int, channels: int, width: int, chunk: int, dtype: torch.dtype) -> dict[str, int]:
-    """Value tile, how masses are summed, warps and stages of window_linear_scan_triton.scan_kernel."""
-    by_dot = capability == 0 or dtype == torch.bfloat16  # float16 has no exponents to spare for gradients
-    if capability in range(80, 90) or chunk > 64:
-        return {"BV": _tile(channels, 64), "BY_DOT": by_dot, "num_warps": 8, "num_stages": 2}
-    if width > 64:
-        return {"BV": _tile(channels, 32), "BY_DOT": by_dot, "num_warps": 4, "num_stages": 2}
-    most = 128 if channels <= 128 else 64
-    return {"BV": _tile(channels, most), "BY_DOT": by_dot, "num_warps": 4, "num_stages": 2}
-
-
-def window_linear_segments(capability: int, programs: int, blocks: int) -> int:
-    """Into how many segments a scan is cut that has `programs` programs without, over `blocks` blocks each."""
-    if capability == 0:
-        return 1 + (blocks >= 6)  # the interpreter: both ways are tested
-    wanted = 2 * 132 // max(programs, 1)  # two programs a multiprocessor, all at once
-    return max(1, min(wanted, blocks // 8, 16))
-
-
-def window_linear_read(capability: int, channels: int, width: int, chunk: int, dtype: torch.dtype) -> dict[str, int]:
-    """Value tile, warps and stages of window_linear_read_triton.read_kernel.
-
-    A product of 64 rows has work for four warps; where its result feeds another, Hopper's second four repeat it. More
-    than four are for larger tiles, or to spare registers.
-    """
-    if dtype == torch.float32 and channels > 64:  # four tiles of keys and values lie in shared memory
-        return {"BV": 32, "num_warps": 8 if chunk > 64 or width > 64 else 4, "num_stages": 1}
-    large = chunk > 64 or width > 64 or capability in range(80, 90)
-    return {
-        "BV": _tile(channels, 64 if large or channels > 128 else 128),
-        "num_warps": 8 if large else 4,
-        "num_stages": 2,
-    }
-
-
-def window_linear_maps(capability: int, channels: int, width: int, chunk: int, dtype: torch.dtype) -> dict[str, int]:
-    """Warps and stages of the kernels of window_linear_maps_triton."""
-    large = chunk > 64 or width > 64 or capability in range(80, 90)
-    return {"num_warps": 8 if large else 4, "num_stages": 1}
-
-
-def window_linear_team(capability: int, programs: int, group: int, dtype: torch.dtype) -> int:
-    """How many of the `group` query heads that share keys one program serves; `programs` if it serves all.
-
-    On Ampere keys would wait in registers for the next head; in float32 shared memory is too small for them.
-    """
-    while group > 8 and group % 2 == 0:
-        group //= 2
-    many = capability >= 90 and programs >= 2 * 132 and dtype != torch.float32
-    return group if capability == 0 or many else 1
-
-
-def window_linear_fused_values(capability: int, channels: int) -> bool:
-    """Whether window_linear_far_triton.far_keys_kernel also sums dv; elsewhere registers are too few for both."""
-    return channels <= 128 and capability not in range(80, 90)
-
-
-def window_linear_far(capability: int, channels: int, width: int, chunk: int, dtype: torch.dtype) -> dict[str, int]:
-    """Warps and stages of window_linear_far_triton.far_keys_kernel."""
-    large = chunk > 64 or width > 64 or capability in range(80, 90)
-    return {"num_warps": 8 if large else 4, "num_stages": 1}
-
-
-def window_linear_weights(capability: int, channels: int, width: int, chunk: int, dtype: torch.dtype) -> dict[str, int]:
-    """Warps and stages of window_linear_maps_triton.weight_grad_kernel."""
-    return {"num_warps": 4 if channels * width <= 8192 else 8, "num_stages": 2}
-
-
-def window_linear_queries(capability: int, channels: int, width: int, chunk: int, dtype: torch.dtype) -> dict[str, int]:
-    """Channel tile, warps and stages of window_linear_queries_triton and window_linear_sinks_triton."""
-    tile = _tile(channels, 64 if width > 64 or channels > 128 else 128)
-    warps = 8 if chunk > 64 or channels > 128 or capability in range(80, 90) else 4
-    return {"BN": tile, "num_warps": warps, "num_stages": 1}
-
-
-def window_linear_keys(capability: int, channels: int, width: int, chunk: int, dtype: torch.dtype) -> dict[str, int]:
-    """Tiles of channels and queries, warps and stages of window_linear_keys_triton.key_pairs_kernel."""
-    tile = _tile(channels, 64 if width > 64 or channels > 128 else 128)
-    return {"BN": tile, "BQ": min(chunk, 32), "num_warps": 8 if chunk > 64 else 4, "num_stages": 2}
-
-
-def window_linear_values(capability: int, channels: int, width: int, chunk: int, dtype: torch.dtype) -> dict[str, int]:
-    """Tile of channels, warps and stages of window_linear_keys_triton.value_states_kernel."""
-    return {"BN": _tile(channels, 64 if width > 64 else 128), "num_warps": 8 if chunk > 64 else 4, "num_stages": 1}
 
 
 def blend_rows(width: int) -> dict[str, int]:
@@ -300,13 +240,16 @@ def gated_map_features(capability: int, width: int, size: int, dtype: torch.dtyp
     return {"ROWS": 64, "BF": _tile(width, 128), "num_warps": 8, "num_stages": 1}
 
 
-def gated_map_scan(capability: int, features: int, values: int, dtype: torch.dtype) -> dict[str, int]:
-    """Tiles, warps and stages of gated_map_scan_triton.map_scan_kernel, and the PROGRAMS that fill a card."""
+def gated_map_scan(capability: int, features: int, values: int, dtype: torch.dtype, *, reverse: bool) -> dict[str, int]:
+    """Tiles, warps and stages of gated_map_scan_triton.map_scan_kernel, and the PROGRAMS for which it is cut."""
     if capability == 0 or dtype == torch.float32:
         return {"BF": _tile(features, 32), "BV": _tile(values, 64), "PROGRAMS": 264, "num_warps": 4, "num_stages": 1}
     if not _roomy(capability, dtype):
         return {"BF": _tile(features, 64), "BV": _tile(values, 64), "PROGRAMS": 264, "num_warps": 4, "num_stages": 2}
-    return {"BF": _tile(features, 64), "BV": _tile(values, 128), "PROGRAMS": 264, "num_warps": 4, "num_stages": 3}
+    tile, programs = (128, 264) if reverse else (64, 132)
+    return {
+        "BF": _tile(features, 64), "BV": _tile(values, tile), "PROGRAMS": programs, "num_warps": 4, "num_stages": 3,
+    }  # fmt: skip
 
 
 def gated_map_out(capability: int, features: int, values: int, readers: int, dtype: torch.dtype) -> dict[str, int]:
@@ -329,15 +272,15 @@ def gated_map_scores(capability: int, features: int, values: int, dtype: torch.d
     return {"BF": _tile(features, 128), "num_warps": 4, "num_stages": 3}
 
 
-def gated_map_dq(capability: int, width: int, values: int, readers: int, dtype: torch.dtype) -> dict[str, int]:
-    """Column tile, tiles of a program, stacked query heads, warps and stages of gated_map_dq_triton.map_dq_kernel."""
+def gated_map_dq(capability: int, width: int, values: int, dtype: torch.dtype) -> dict[str, int]:
+    """Column tile, tiles of a program, warps and stages of gated_map_dq_triton.map_dq_kernel."""
     if capability == 0:
-        heads = 2 if readers % 2 == 0 else 1
-        return {"BF": _tile(width, 32), "SPAN": 2, "HEADS": heads, "num_warps": 4, "num_stages": 1}
+        return {"BF": _tile(width, 32), "SPAN": 2, "num_warps": 4, "num_stages": 1}
     if not _roomy(capability, dtype) or values > 128:
-        return {"BF": _tile(width, 32), "SPAN": 1, "HEADS": 1, "num_warps": 8, "num_stages": 1}
-    tile = _tile(width, 32 if values > 64 else 64)
-    return {"BF": tile, "SPAN": min(4, -(-width // tile)), "HEADS": 1, "num_warps": 4, "num_stages": 2}
+        return {"BF": _tile(width, 32), "SPAN": 1, "num_warps": 8, "num_stages": 1}
+    span, stages = (2, 1) if values > 64 else (4, 2)
+    tile = _tile(width, 64)
+    return {"BF": tile, "SPAN": min(span, -(-width // tile)), "num_warps": 4, "num_stages": stages}
 
 
 def gated_map_dk(capability: int, width: int, values: int, dtype: torch.dtype) -> dict[str, int]:

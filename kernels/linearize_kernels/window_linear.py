@@ -80,7 +80,7 @@ def window_linear(
         mix: shared (gamma) | sum (window_weight) | gate | mass; without a window it says nothing.
         normaliser: own | none: the linear branch's denominator in a split mix or without a window.
         coverage: outside (the linear branch reads what the window cannot see) | all.
-        gamma: the window's factor per head [H], float32 (shared mix).
+        gamma: the window's factor per head [H], above 0, float32 (shared mix).
         window_weight: the window's share, for mix `sum`.
         gate: the window's share [B, H, T] float32; mass: the log mass of the rest [B, H, T] float32.
         sinks: the first tokens of a sequence that stay in the softmax; at most W.

@@ -7,9 +7,10 @@ from functools import lru_cache
 
 import torch
 
-from . import tuning
+from . import window_linear_tuning as tuning
 from .backend import empty
 from .compiled import Found, start
+from .tuning import capability
 from .window_linear_far_triton import far_keys_kernel
 from .window_linear_keys_triton import key_pairs_kernel, value_states_kernel
 from .window_linear_maps_triton import key_maps_kernel, query_maps_kernel, weight_grad_kernel
@@ -80,17 +81,17 @@ def features_of(plan: Plan) -> dict[str, int]:
     return {"F": plan.width or 16, "BF": plan.tile, "PARTS": plan.parts, "MAP": MAP_CODES[plan.map]}
 
 
-def tuned(plan: Plan, x: torch.Tensor, name: str) -> dict[str, int]:
+def tuned(plan: Plan, x: torch.Tensor, name: str, **more: bool) -> dict[str, int]:
     """This op's row of the tuning table."""
     look_up = getattr(tuning, f"window_linear_{name}")
-    found: dict[str, int] = look_up(tuning.capability(x.device), plan.channels, plan.tile, plan.chunk, x.dtype)
+    found: dict[str, int] = look_up(capability(x.device), plan.channels, plan.tile, plan.chunk, x.dtype, **more)
     return found
 
 
 def team_of(plan: Plan, x: Inputs, group: int) -> int:
     """Heads of one program, of `group` that read the same keys."""
     programs = grid_blocks(plan, x) * plan.key_heads
-    found: int = tuning.window_linear_team(tuning.capability(x.q.device), programs, group, x.q.dtype)
+    found: int = tuning.window_linear_team(capability(x.q.device), programs, group, x.q.dtype)
     return found
 
 
@@ -120,7 +121,7 @@ def scan(
     if x.first is not None and not backwards:
         first, first_mass = _unpacked(plan, x.first)
     programs = x.count * plan.state_heads * plan.parts * slices
-    segments = tuning.window_linear_segments(tuning.capability(device), programs, plan.blocks)
+    segments = tuning.window_linear_segments(capability(device), programs, plan.blocks)
     each = -(-(plan.blocks + 1) // segments)
     # In one segment they are never read, but Triton 3.6 compiles the loop over none all the same.
     parts: tuple[torch.Tensor, ...] = (masses, masses)
@@ -167,7 +168,8 @@ def read(plan: Plan, x: Inputs, states: Maybe, masses: Maybe) -> tuple[torch.Ten
     ), {
         **sizes(plan), **features_of(plan), "LAG": plan.lag, "WINDOW": plan.window > 0, "MIX": MIX_CODES[plan.mix],
         "OWN": plan.own, "KEYS": plan.heads // plan.key_heads, "STATES": plan.heads // plan.state_heads,
-        "BZ": cover(plan.sinks) if plan.sinks else 0, "TEAM": team, "TABLE": x.blocks is not None, **table,
+        "BZ": cover(plan.sinks) if plan.sinks else 0, "TEAM": team, "EVEN": even(plan, x),
+        "TABLE": x.blocks is not None, **table,
     })  # fmt: skip
     return out.transpose(1, 2), peak, total
 
@@ -225,7 +227,8 @@ def far_keys(
         *((0, 0) if dv is None else dv.stride()[:2]), plan.tokens, plan.blocks, plan.state_heads, plan.sinks,
     ), {
         **sizes(plan), **features_of(plan), "SHARING": sharing, "TEAM": team, "VALUES": values,
-        "EVEN": even(plan, x), "TABLE": x.blocks is not None, **tuned(plan, x.q, "far"),
+        "EVEN": even(plan, x), "TABLE": x.blocks is not None,
+        **tuned(plan, x.q, "far", alone=even(plan, x) and not values),
     })  # fmt: skip
     return made, dv
 
@@ -304,7 +307,7 @@ def key_pairs(
                 x.blocks, *strides(x.k), *strides(x.xq), *strides(x.xk), *strides(grad), *ends,
                 plan.sinks if plan.lag == 2 else 0,
             ), {**shared, **codes, "LAG": plan.lag, **table})  # fmt: skip
-    table = tuned(plan, x.q, "keys")
+    table = tuned(plan, x.q, "keys", even=even(plan, x))
     slices = -(-plan.channels // table["BN"])
     start(x.found, key_pairs_kernel, grid_blocks(plan, x) * plan.key_heads * slices, (
         x.q, x.k, x.v, grad, made, x.k_weight,

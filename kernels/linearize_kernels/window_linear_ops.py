@@ -9,9 +9,10 @@ from typing import Any
 
 import torch
 
-from . import tuning
 from . import window_linear_launch as launch
+from . import window_linear_tuning as tuning
 from .compiled import found_for
+from .tuning import capability
 from .window_linear_plan import PROJECTED, Plan
 
 LN2 = launch.LN2
@@ -144,7 +145,7 @@ def backward(
         del states, masses
         d_states, d_masses, _, _ = launch.scan(plan, x, grad=grad, row_scale=rows["scale"], row_mass=rows["mass"])
         if plan.lag == 2:
-            fused = tuning.window_linear_fused_values(tuning.capability(q.device), plan.channels)
+            fused = tuning.window_linear_fused_values(capability(q.device), plan.channels)
             values = fused and not maps_only
             key_dy, dv = launch.far_keys(plan, x, d_states, d_masses, values=values)
         else:

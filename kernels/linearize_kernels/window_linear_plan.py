@@ -87,6 +87,8 @@ class Plan:
             return f"{self.sinks} sinks do not fit into a window of {self.window}"
         if self.heads % self.key_heads or self.state_heads not in (self.heads, self.key_heads):
             return f"{self.heads} heads, {self.key_heads} key heads and {self.state_heads} states do not divide"
+        if self.window and self.scale <= 0:
+            return f"its scores are scaled by more than 0, not by {self.scale}"
         if dtype == torch.float16 and self.map == "hedgehog_exp":
             return "exp features leave the range of float16; use bfloat16"
         return None

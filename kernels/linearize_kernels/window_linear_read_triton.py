@@ -11,13 +11,15 @@ import torch
 import triton
 import triton.language as tl
 
-from . import tuning
+from . import window_linear_tuning as tuning
 from .window_linear_tiles import (
     NO_MAP,
     PRECOMPUTED,
     SHARED,
     SOFTMAX,
     TINY,
+    ask_for,
+    ask_for_rows,
     features,
     find_block,
     gate_case,
@@ -79,14 +81,17 @@ def read_kernel(
     D: tl.constexpr, BD: tl.constexpr, BV: tl.constexpr, F: tl.constexpr, BF: tl.constexpr, PARTS: tl.constexpr,
     C: tl.constexpr, MAP: tl.constexpr, LAG: tl.constexpr, WINDOW: tl.constexpr, MIX: tl.constexpr, OWN: tl.constexpr,
     KEYS: tl.constexpr, STATES: tl.constexpr, BZ: tl.constexpr, TEAM: tl.constexpr,
-    TABLE: tl.constexpr,
+    EVEN: tl.constexpr, TABLE: tl.constexpr, PREFETCH: tl.constexpr,
 ):  # fmt: skip
     """One program: a block of queries of TEAM heads that share keys, BV values.
 
     KEYS, STATES: query heads a key head, a state head. xq, xk: what features are made of (q and k themselves, or
-    features). near: gamma [H], gates or masses.
+    features). near: gamma [H], gates or masses. EVEN: every sequence has whole blocks. PREFETCH: ask for the next
+    head's tiles while at work on one.
     """
     VALUES: tl.constexpr = (D + BV - 1) // BV
+    # Under one denominator gamma is taken into the exponent, and rows are divided by their sum at the end.
+    ONE: tl.constexpr = WINDOW and MIX == SHARED and MAP != NO_MAP
     index = tl.program_id(0)
     first_v = (index % VALUES) * BV
     index = index // VALUES
@@ -97,12 +102,19 @@ def read_kernel(
         return
     token = tl.arange(0, C)
     start = low + number * C
-    live = start + token < high
-    before = start - C + token >= low
+    if EVEN:
+        live = tl.zeros([C], tl.int32) + start < high
+        before = tl.zeros([C], tl.int32) + start > low
+    else:
+        live = start + token < high
+        before = start - C + token >= low
     value = first_v + tl.arange(0, BV)
     inside_v = (value < D)[None, :]
     key_head = (team * TEAM // KEYS).to(tl.int64)
     first_t = start.to(tl.int64)
+    if PREFETCH and MAP != NO_MAP:
+        nearest = block * (HEADS // STATES) + team * TEAM // STATES
+        ask_for(states_ptr + nearest * PARTS * D * BF, PARTS * D * BF)
     if WINDOW:
         k_base = k_ptr + row * s_kb + key_head * s_kh + first_t * s_kt
         k = load_rows(k_base, live, s_kt, D, BD, C)
@@ -122,6 +134,11 @@ def read_kernel(
     for member in tl.range(0, TEAM, num_stages=1, disable_licm=True):  # else all addresses are kept in registers
         head = team * TEAM + member
         wide = head.to(tl.int64)
+        if PREFETCH and MAP != NO_MAP:
+            ahead = tl.minimum(wide + 1, (team + 1) * TEAM - 1)
+            ask_for(states_ptr + (block * (HEADS // STATES) + ahead // STATES) * PARTS * D * BF, PARTS * D * BF)
+            if WINDOW:
+                ask_for_rows(q_ptr + row * s_qb + ahead * s_qh + first_t * s_qt, live, s_qt, D, BD, C)
         far = tl.zeros([C], tl.float32)  # the linear branch's sum of weights
         if WINDOW:
             q = load_rows(q_ptr + row * s_qb + wide * s_qh + first_t * s_qt, live, s_qt, D, BD, C)
@@ -170,30 +187,51 @@ def read_kernel(
 
         linear = tl.zeros([C], tl.float32) + 1.0  # the linear branch's factor
         if WINDOW:
-            own = tl.dot(q, tl.trans(k), input_precision="ieee") * scale
+            own = tl.dot(q, tl.trans(k), input_precision="ieee")
+            if not ONE:
+                own = own * scale
             own = tl.where(token[:, None] >= token[None, :], own, float("-inf"))
-            previous = tl.dot(q, tl.trans(k_old), input_precision="ieee") * scale
-            previous = tl.where(before[None, :], previous, float("-inf"))
-            largest = tl.maximum(tl.max(own, 1), tl.max(previous, 1))
+            previous = tl.dot(q, tl.trans(k_old), input_precision="ieee")
+            if not ONE:
+                previous = previous * scale
+            if EVEN:
+                largest = tl.maximum(tl.max(own, 1), tl.where(before, tl.max(previous, 1), float("-inf")))
+            else:
+                previous = tl.where(before[None, :], previous, float("-inf"))
+                largest = tl.maximum(tl.max(own, 1), tl.max(previous, 1))
             if BZ > 0:
-                first = tl.dot(q, tl.trans(k_sink), input_precision="ieee") * scale
+                first = tl.dot(q, tl.trans(k_sink), input_precision="ieee")
+                if not ONE:
+                    first = first * scale
                 first = tl.where(kept[None, :], first, float("-inf"))
                 largest = tl.maximum(largest, tl.max(first, 1))
-                first = tl.exp2(first - largest[:, None])
-            own = tl.exp2(own - largest[:, None])
-            previous = tl.exp2(previous - largest[:, None])
+            if ONE:
+                largest = largest * scale
+                base = largest - tl.log2(tl.load(near_ptr + head).to(tl.float32))
+                own = tl.exp2(own * scale - base[:, None])
+                if EVEN:
+                    base = tl.where(before, base, float("inf"))
+                previous = tl.exp2(previous * scale - base[:, None])
+                if BZ > 0:
+                    first = tl.exp2(first * scale - base[:, None])
+            else:
+                own = tl.exp2(own - largest[:, None])
+                base = largest
+                if EVEN:
+                    base = tl.where(before, base, float("inf"))
+                previous = tl.exp2(previous - base[:, None])
+                if BZ > 0:
+                    first = tl.exp2(first - largest[:, None])
             near = tl.sum(own, 1) + tl.sum(previous, 1)
             if BZ > 0:
                 near += tl.sum(first, 1)
             if MAP == NO_MAP:
                 peak = largest + tl.log2(near)
                 factor = 1.0 / near
-            elif MIX == SHARED:
-                gamma = window_share(near, near_ptr, head, live, window_weight, MIX)
-                far += gamma * near
+            elif ONE:
+                far += near
                 peak = largest + tl.log2(far)
                 linear = 1.0 / far
-                factor = gamma * linear
             else:
                 peak = largest + tl.log2(near)
                 near_at = row * s_nb + wide * s_nh + (start + token) * s_nt
@@ -203,8 +241,11 @@ def read_kernel(
                     linear = tl.where(far > TINY, (1.0 - share) / far, 0.0)
                 else:
                     linear = 1.0 - share
-            own = own * factor[:, None]
-            previous = (previous * factor[:, None]).to(v_ptr.dtype.element_ty)
+            if ONE:
+                previous = previous.to(v_ptr.dtype.element_ty)
+            else:
+                own = own * factor[:, None]
+                previous = (previous * factor[:, None]).to(v_ptr.dtype.element_ty)
             if MAP != NO_MAP and LAG == 1:
                 own += weights * linear[:, None]
             own = own.to(v_ptr.dtype.element_ty)
@@ -223,13 +264,18 @@ def read_kernel(
             acc = tl.dot(phi, tl.trans(state), acc, input_precision="ieee")
             if PARTS == 2:
                 acc = tl.dot(phi_2, tl.trans(state_2), acc, input_precision="ieee")
-            acc = acc * linear[:, None]
+            if not ONE:
+                acc = acc * linear[:, None]
         if WINDOW or LAG == 1:
             acc = tl.dot(own, v, acc, input_precision="ieee")
         if WINDOW:
             acc = tl.dot(previous, v_old, acc, input_precision="ieee")
         if BZ > 0:
-            acc = tl.dot((first * factor[:, None]).to(v_sink.dtype), v_sink, acc, input_precision="ieee")
+            if not ONE:
+                first = first * factor[:, None]
+            acc = tl.dot(first.to(v_sink.dtype), v_sink, acc, input_precision="ieee")
+        if ONE:
+            acc = acc * linear[:, None]
 
         out = out_ptr + row * s_ob + first_t * s_ot + wide * D + token[:, None] * s_ot + value[None, :]
         tl.store(out, acc.to(out_ptr.dtype.element_ty), mask=live[:, None] & inside_v)
@@ -249,6 +295,7 @@ def gate_cases(arch: int = 90):  # type: ignore[no-untyped-def]
     small = tuning.window_linear_read(arch, 64, 64, 64, torch.bfloat16)
     return [
         gate_case(read_kernel, rows, "shared mix", absent=sinks, TEAM=team),
+        gate_case(read_kernel, rows, "shared mix, blocks cut short", absent=sinks, EVEN=False, TEAM=team),
         gate_case(read_kernel, small, "mix by mass, sinks, head of 64", MIX=3, D=64, BD=64, BZ=16, TEAM=team),
         gate_case(read_kernel, rows, "window alone", absent=sinks, MAP=5, MIX=1, TEAM=team),
     ]

@@ -10,7 +10,7 @@ import torch
 import triton
 import triton.language as tl
 
-from . import tuning
+from . import window_linear_tuning as tuning
 from .window_linear_tiles import (
     PRECOMPUTED,
     SOFTMAX,

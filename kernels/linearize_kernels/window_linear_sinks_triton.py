@@ -4,7 +4,7 @@ import torch
 import triton
 import triton.language as tl
 
-from . import tuning
+from . import window_linear_tuning as tuning
 from .window_linear_tiles import LN2, NO_MAP, SHARED, gate_case, load_columns, load_rows, store_columns
 
 

@@ -52,6 +52,36 @@ def find_block(index, table_ptr, T, BLOCKS, TABLE: tl.constexpr):
 
 
 @triton.jit
+def ask_for(base, COUNT: tl.constexpr):
+    """Have the COUNT elements from the address `base` on, of 16 bytes or a multiple, brought into the L2 cache."""
+    SIZE: tl.constexpr = COUNT * base.dtype.element_ty.primitive_bitwidth // 8
+    tl.inline_asm_elementwise(
+        """{
+        .reg .pred first;
+        .reg .u32 thread;
+        mov.u32 thread, %tid.x;
+        setp.eq.u32 first, thread, 0;
+        @first cp.async.bulk.prefetch.L2.global [$1], $2;
+        mov.u32 $0, thread;
+        }""",
+        "=r,l,r", [base.to(tl.int64, bitcast=True), tl.full([], SIZE, tl.int32)], dtype=tl.int32, is_pure=False, pack=1,
+    )  # fmt: skip
+
+
+@triton.jit
+def ask_for_rows(base, live, stride, D: tl.constexpr, BD: tl.constexpr, C: tl.constexpr):
+    """The same for the rows of a tile, a line of 128 bytes at a time; for rows that are not `live` the first."""
+    LINE: tl.constexpr = 1024 // base.dtype.element_ty.primitive_bitwidth
+    row = tl.where(live, tl.arange(0, C), 0)
+    column = tl.minimum(tl.arange(0, max(BD // LINE, 1)) * LINE, D - 1)
+    at = base + row[:, None] * stride + column[None, :]
+    tl.inline_asm_elementwise(
+        "prefetch.global.L2 [$1]; mov.u32 $0, 0;", "=r,l", [at.to(tl.int64, bitcast=True)],
+        dtype=tl.int32, is_pure=False, pack=1,
+    )  # fmt: skip
+
+
+@triton.jit
 def load_rows(base, live, stride, D: tl.constexpr, BD: tl.constexpr, C: tl.constexpr):
     """[C, BD] from `base`, the address of the first row; rows that are not `live` [C] are zero."""
     row = tl.arange(0, C)
@@ -239,7 +269,7 @@ def gate_case(kernel, rows, label, *, absent=(), **constants):  # type: ignore[n
         "OWN": True, "KEYS": 4, "STATES": 1, "BZ": 0, "SHARING": 4, "V_SHARING": 4, "GROUP": 1, "ALONE": True,
         "EVEN": True, "TEAM": 4, "BACKWARDS": False, "TOTALS": False, "FIRST": False, "LAST": False, "TABLE": False,
     }  # fmt: skip
-    known = usual | {name: rows[name] for name in ("BV", "BN", "BQ", "BY_DOT") if name in rows} | constants
+    known = usual | {name: rows[name] for name in ("BV", "BN", "BQ", "BY_DOT", "PREFETCH") if name in rows} | constants
     missing = {"sequences_ptr", "table_ptr", "q_bias_ptr", "k_bias_ptr", "bias_ptr", "bias_grads_ptr", *absent}
     fixed = {name: known[name] for name in kernel.arg_names if name in known}
     fixed |= {name: None for name in kernel.arg_names if name in missing}

@@ -9,6 +9,7 @@ import pytest
 import torch
 
 from linearize.modeling.cache_linearized import LinearStateLayer
+from linearize.modeling.layout import Layout, padded_layout
 from linearize.modeling.mixer import Mixer
 from linearize.modeling.mixer_decode import step_rule
 from linearize.modeling.mixer_spec import LEARNED_MAPS, MixerSpec
@@ -45,6 +46,9 @@ def small(spec: MixerSpec) -> MixerSpec:
 EVERY = all_specs() | {name: MixerSpec(**axes) for name, axes in EXTRA.items()}
 WIDE_SPECS = {
     "pure": (replace(EVERY["pure"], feature_dim=40, window=4), 2, 1),
+    "wide-codes": (
+        replace(EVERY["pure"], feature_map="learned_softmax", feature_dim=40, own_qk=True, window=4), 4, 2,
+    ),
     "wide-crelu": (
         MixerSpec(feature_map="crelu", feature_dim=33, decay="scalar", dt_gain=True, own_qk=True, normaliser="scale",
                   mix="sum", coverage="all", window=4, sinks=2), 2, 1,
@@ -79,11 +83,14 @@ def tokens(length: int, batch: int, heads: int, kv_heads: int, width: int) -> di
     return made | {"cos": angle.cos(), "sin": angle.sin()}
 
 
-def run(mixer: Mixer, x: dict[str, torch.Tensor], a: int, b: int, cache: LinearStateLayer) -> torch.Tensor:
+def run(
+    mixer: Mixer, x: dict[str, torch.Tensor], a: int, b: int, cache: LinearStateLayer, layout: Layout | None = None
+) -> torch.Tensor:
     return mixer(
         *(x[name][:, :, a:b] for name in "qkv"),
         inputs=x["inputs"][:, a:b],
         rotation=(x["cos"][:, a:b], x["sin"][:, a:b]),
+        layout=layout,
         cache=cache,
     )
 
@@ -143,22 +150,62 @@ def test_steps_are_the_torch_steps(name: str, monkeypatch: pytest.MonkeyPatch) -
     compare(mixer, x, (window + 1, 2 * window - 2), monkeypatch)
 
 
-@pytest.mark.parametrize("name", ["pure", "wide-crelu", "wide-fixed"])
+@pytest.mark.parametrize(
+    ("name", "batch"),
+    [("pure", 2), ("pure", 5), ("wide-codes", 2), ("wide-codes", 5), ("wide-crelu", 2), ("wide-fixed", 5)],
+)
 @torch.no_grad()
-def test_wide_maps(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Features in three tiles, the last cut off; two sequences; one query head a state, or two."""
+def test_wide_maps(name: str, batch: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Features in three tiles, the last cut off; few sequences, and more; one query head a state, or two."""
     spec, heads, kv_heads = WIDE_SPECS[name]
     monkeypatch.setattr(decode, "WIDE", 32)
-    mixer, x = build(spec, heads, kv_heads, 12), tokens(9, 2, heads, kv_heads, 12)
+    mixer, x = build(spec, heads, kv_heads, 12), tokens(7, batch, heads, kv_heads, 12)
     rule = step_rule(mixer.spec, mixer.head_dim, mixer.state_heads, mixer.scaling, True)
     assert decode.wide(rule)
-    compare(mixer, x, (3, 5), monkeypatch)
+    compare(mixer, x, (2, 4), monkeypatch)
+
+
+@pytest.mark.parametrize(
+    ("changes", "heads", "kv_heads", "width"),
+    [({}, 4, 2, 12), ({"feature_map": "elu", "feature_dim": None, "window": 5}, 3, 1, 6),
+     ({"feature_map": "hedgehog_exp", "feature_dim": 20, "window": 17}, 1, 1, 16)],
+)  # fmt: skip
+@torch.no_grad()
+def test_split_steps(
+    changes: dict[str, Any], heads: int, kv_heads: int, width: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Sequences that have read different numbers of tokens, through the two launches that a batch takes."""
+    spec = replace(SPECS["lolcats"], **changes)
+    length = 3 * spec.window + 1
+    mixer, x = build(spec, heads, kv_heads, width), tokens(length, 2, heads, kv_heads, width)
+    from linearize_kernels.decode_triton import split_constants
+
+    rule = step_rule(mixer.spec, width, mixer.state_heads, mixer.scaling, True)
+    sizes: dict[str, Any] = {"head_dim": width, "heads": heads, "kv_heads": kv_heads, "card": 0, "dtype": torch.float32}
+    assert split_constants(rule, batch=2, **sizes) is not None
+    assert split_constants(rule, batch=1, **sizes) is None
+    ahead = 2 * spec.window - 2
+    real = torch.ones(2, ahead, dtype=torch.bool)
+    real[0, : spec.window] = False
+    caches = {"torch": LinearStateLayer(), "triton": LinearStateLayer()}
+    out: dict[str, list[torch.Tensor]] = {"torch": [], "triton": []}
+    for backend, cache in caches.items():
+        monkeypatch.setenv("LINEARIZE_KERNELS", "torch")
+        run(mixer, x, 0, ahead, cache, padded_layout(real))
+        assert cache.tensors["position"].tolist() == [ahead - spec.window, ahead]
+        monkeypatch.setenv("LINEARIZE_KERNELS", backend)
+        out[backend] = [run(mixer, x, t, t + 1, cache) for t in range(ahead, length)]
+    assert_close(torch.cat(out["triton"], 1), torch.cat(out["torch"], 1), "output")
+    one, other = (kept(caches[b], spec.window) for b in ("triton", "torch"))
+    for key in one:
+        assert_close(one[key], other[key], key)
 
 
 def test_the_widest_map() -> None:
     """A map of 1024 features a sign is read in tiles; one whose features depend on each other cannot be."""
     rule = step_rule(EVERY["pure"], 128, 8, 0.1, True)
     assert decode.unable(replace(rule, width=1024), 128) is None
+    assert decode.unable(replace(rule, width=2048, feature_map="learned_softmax", unrotate=False), 128) is None
     for other in ({"feature_map": "hedgehog_softmax"}, {"lagged": True}, {"write": "delta"}, {"decay": "channel"}):
         assert "512 features" in str(decode.unable(replace(rule, width=1024, **other), 128))
 

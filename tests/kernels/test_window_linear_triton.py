@@ -220,6 +220,7 @@ def test_what_it_refuses() -> None:
         ({"q_weight": None}, "q_weight"),
         ({"window": 24, "backend": "triton"}, "24"),
         ({"sinks": 17, "backend": "triton"}, "17"),
+        ({"scale": -0.3, "backend": "triton"}, "-0.3"),
     ):
         with pytest.raises(ValueError, match=words):
             window_linear(**({**x, "window": 16, "scale": 0.3} | change))
