@@ -9,6 +9,7 @@ import hashlib
 import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
+from functools import lru_cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -223,6 +224,7 @@ def batches(windows: np.ndarray, *, batch_size: int, seed: int, step: int) -> np
     return windows[np.asarray([epochs[i // count][i % count] for i in drawn])]
 
 
+@lru_cache(4)
 def _order(count: int, seed: int, epoch: int) -> np.ndarray:
     import numpy as np
 

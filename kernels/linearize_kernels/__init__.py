@@ -13,6 +13,7 @@ from .gated_mapped import mapped_gated_linear
 from .linear import chunk_linear
 from .quadratic import linear_weights, window_weights
 from .step import step_delta, step_linear, step_window
+from .unrotate import unrotate
 from .window import block_window_mask, chunk_window
 from .window_attention import window_attention
 from .window_linear import window_linear
@@ -33,6 +34,7 @@ __all__ = [
     "step_delta",
     "step_linear",
     "step_window",
+    "unrotate",
     "window_attention",
     "window_linear",
     "window_weights",

@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 
+from .ahead import ahead
 from .backend import interpreting
 
 Found = dict[tuple[Any, ...], tuple[Any, list[Any]]]
@@ -21,12 +22,12 @@ _KINDS: dict[tuple[Any, ...], Found] = {}
 
 
 def found_for(sizes: object, *tensors: torch.Tensor | None) -> Found | None:
-    """What is known of calls with these sizes and such tensors; None under the interpreter.
+    """What is known of calls with these sizes and such tensors; None under the interpreter, and where none is launched.
 
     sizes: hashable; it and the tensors' strides must give every number that a kernel is passed. Buffers that the op
     makes itself are aligned as the allocator does.
     """
-    if interpreting():
+    if interpreting() or ahead():
         return None
     kind = (
         sizes, torch.cuda.current_device(),
@@ -41,22 +42,24 @@ def found_for(sizes: object, *tensors: torch.Tensor | None) -> Found | None:
 
 
 def start(
-    found: Found | None, kernel: Any, programs: int, given: tuple[Any, ...], constants: dict[str, Any], tag: str = ""
+    found: Found | None, kernel: Any, programs: int | tuple[int, int, int], given: tuple[Any, ...],
+    constants: dict[str, Any], tag: str = "",
 ) -> None:  # fmt: skip
-    """Launch `programs` programs of a @triton.jit kernel.
+    """Launch `programs` programs of a @triton.jit kernel; a number, or one for each of the grid's three axes.
 
     given: its arguments in order, up to the first tl.constexpr; constants: those, by name, num_warps and num_stages.
     What is None among those given must follow from these, too. tag: tells apart launches of one kernel on different
     inputs of the call.
     """
+    grid = (programs, 1, 1) if isinstance(programs, int) else programs
     if found is None:
-        kernel[(programs,)](*given, **constants)
+        kernel[grid](*given, **constants)
         return
     key = (id(kernel), tag, *constants.values())
     known = found.get(key)
     if known is None:
-        code = kernel[(programs,)](*given, **constants)
+        code = kernel[grid](*given, **constants)
         found[key] = code, [constants[name] for name in kernel.arg_names[len(given) :]]
     else:
         code, rest = known
-        code[(programs, 1, 1)](*given, *rest)
+        code[grid](*given, *rest)

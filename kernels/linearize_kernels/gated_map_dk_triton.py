@@ -12,6 +12,7 @@ import triton
 import triton.language as tl
 
 from .backend import empty
+from .compiled import start
 from .gated_maps import MAP_POINTERS, SOFTMAXES, feature_tile, map_gate_constants, options, phi_grad
 from .gated_plan import Plan, gate_signature
 from .gated_tiles import chunk_span, product, row_decay, sum_before
@@ -138,12 +139,13 @@ def map_key_gradients(
     d_bias = empty(sums, dtype=torch.float32, device=fk.device)
 
     def launch(along: torch.Tensor | None, found: torch.Tensor | None, part: int) -> None:
-        map_dk_kernel[(plan.batch * count * tiles * plan.state_heads,)](
+        start(plan.found, map_dk_kernel, plan.batch * count * tiles * plan.state_heads, (
             fq, fk, pairs, v, g, *d_states, along, dy, d_bias, gates, found, table,
             *v.stride()[:3], *plan.decay_strides(g), part, plan.length, plan.heads, count,
+        ), dict(
             G=plan.state_heads // plan.kv_heads, MAP=plan.map, BIAS=bias, WANT_G=gates is not None,
             SUMS=found is not None, **options(plan, chunk, fq.dtype), **config,
-        )  # fmt: skip
+        ))  # fmt: skip
 
     along = None
     if plan.map in SOFTMAXES:

@@ -9,6 +9,7 @@ import torch
 import triton
 import triton.language as tl
 
+from .compiled import start
 from .gated_maps import MAP_POINTERS, map_gate_constants, options
 from .gated_plan import Plan, gate_signature
 from .gated_tiles import chunk_span, product, row_decay
@@ -79,11 +80,10 @@ def map_value_gradients(
     config = gated_map_dv(plan.capability, plan.features, plan.values, fk.dtype)
     known = {name: x for name, x in options(plan, chunk, fk.dtype).items() if name not in ("BV", "NORM")}
     table, _, count = plan.chunks(chunk)
-    map_dv_kernel[(plan.batch * count * plan.kv_heads * -(-plan.values // config["BV"]),)](
+    start(plan.found, map_dv_kernel, plan.batch * count * plan.kv_heads * -(-plan.values // config["BV"]), (
         fk, reads, g, dout, d_states, dv, table,
         *plan.decay_strides(g), *dout.stride()[:3], *dv.stride()[:3], plan.length, plan.heads, count,
-        G=plan.state_heads // plan.kv_heads, **known, **config,
-    )  # fmt: skip
+    ), dict(G=plan.state_heads // plan.kv_heads, **known, **config))  # fmt: skip
 
 
 def gate_cases(arch: int = 90) -> list[tuple[Any, dict[str, str], dict[str, Any], dict[str, int], str]]:

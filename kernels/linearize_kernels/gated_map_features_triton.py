@@ -7,6 +7,7 @@ import triton
 import triton.language as tl
 
 from .backend import empty
+from .compiled import start
 from .gated_maps import LOG2E, SOFTMAXES, phi, project, row_sums, weights
 from .gated_plan import Plan, gate_signature
 from .tuning import gated_map_features
@@ -76,8 +77,13 @@ def features_kernel(
         tl.store(to, found.to(out.dtype.element_ty), mask=live[:, None] & inside[None, :])
 
 
-def map_features(plan: Plan, x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
-    """Features [B, heads, T, F] in x's dtype: x [B, heads or a divisor of it, T, D], weight [heads, D, f]."""
+def map_features(
+    plan: Plan, x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, tag: str = ""
+) -> torch.Tensor:
+    """Features [B, heads, T, F] in x's dtype: x [B, heads or a divisor of it, T, D], weight [heads, D, f].
+
+    tag: whose features they are, for `compiled.start`.
+    """
     heads, size, width = weight.shape
     known = (x, weight, bias)
     places = (*x.stride()[:3], plan.length, heads)
@@ -88,13 +94,16 @@ def map_features(plan: Plan, x: torch.Tensor, weight: torch.Tensor, bias: torch.
     sums = None
     if plan.map in SOFTMAXES:
         sums = empty((plan.batch, heads, plan.length, 2), dtype=torch.float32, device=x.device)
-        log_sum_kernel[(plan.batch * heads * -(-plan.length // 64),)](
-            *known, sums, *places, 0, BF=max(16, min(64, triton.next_power_of_2(width))), ROWS=64, num_warps=4, **shared
-        )
+        tile = max(16, min(64, triton.next_power_of_2(width)))
+        start(plan.found, log_sum_kernel, plan.batch * heads * -(-plan.length // 64), (
+            *known, sums, *places, 0
+        ), dict(BF=tile, ROWS=64, num_warps=4, **shared), tag)  # fmt: skip
     config = gated_map_features(plan.capability, width, size, x.dtype)
     out = empty((plan.batch, heads, plan.length, plan.features), dtype=x.dtype, device=x.device)
     programs = plan.batch * heads * -(-plan.length // config["ROWS"]) * -(-width // config["BF"])
-    features_kernel[(programs,)](*known, sums, out, *places, MAP=plan.map, SIGNED=plan.signs, **shared, **config)
+    start(plan.found, features_kernel, programs, (
+        *known, sums, out, *places
+    ), dict(MAP=plan.map, SIGNED=plan.signs, **shared, **config), tag)  # fmt: skip
     return out
 
 

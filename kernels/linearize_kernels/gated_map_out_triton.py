@@ -10,11 +10,17 @@ import torch
 import triton
 import triton.language as tl
 
-from .gated_map_dq_triton import stacked
+from .compiled import start
 from .gated_maps import MAP_POINTERS, map_gate_constants, options, two_columns
 from .gated_plan import Plan, gate_signature
 from .gated_tiles import TINY, chunk_span, pair_decay, product, row_decay
 from .tuning import gated_map_chunk, gated_map_out
+
+
+@triton.jit
+def stacked(x, HEADS: tl.constexpr, C: tl.constexpr):
+    """x [C] once for every stacked head: [HEADS C]."""
+    return tl.reshape(tl.broadcast_to(x[None, :], (HEADS, C)), (HEADS * C,))
 
 
 @triton.jit(do_not_specialize=["T", "H", "NT"])
@@ -94,11 +100,10 @@ def map_outputs(
     config = gated_map_out(plan.capability, plan.features, plan.values, plan.readers, v.dtype)
     table, _, count = plan.chunks(chunk)
     tiles = -(-plan.values // config["BV"])
-    map_out_kernel[(plan.batch * count * tiles * (plan.heads // config["HEADS"]),)](
+    start(plan.found, map_out_kernel, plan.batch * count * tiles * (plan.heads // config["HEADS"]), (
         *features, v, g, *states, out, den, table, *v.stride()[:3], *plan.decay_strides(g), *out.stride()[:3],
         plan.scale, plan.length, plan.heads, count,
-        G=plan.state_heads // plan.kv_heads, **options(plan, chunk, v.dtype) | config,
-    )  # fmt: skip
+    ), dict(G=plan.state_heads // plan.kv_heads, **options(plan, chunk, v.dtype) | config))  # fmt: skip
 
 
 def gate_cases(arch: int = 90) -> list[tuple[Any, dict[str, str], dict[str, Any], dict[str, int], str]]:

@@ -11,6 +11,7 @@ import triton
 import triton.language as tl
 
 from .backend import empty
+from .compiled import start
 from .gated_plan import Plan, gate_signature
 from .gated_tiles import chunk_span, row_decay
 
@@ -90,12 +91,13 @@ def map_rows(
     columns = made(*shape, 16) if plan.norm else made(0)
     spent = made(plan.batch, plan.state_heads, count, dtype=torch.float32)
     rows = Rows(made(*shape, plan.values), columns, spent)
-    map_rows_kernel[(plan.batch * count * heads,)](
+    start(plan.found, map_rows_kernel, plan.batch * count * heads, (
         y, g, *factors, *rows, table, *y.stride()[:3], *plan.decay_strides(g), plan.scale, plan.length, heads, count,
+    ), dict(
         R=plan.readers if reverse else 1, G=1 if reverse else plan.state_heads // plan.kv_heads, V=plan.values,
         BV=max(16, triton.next_power_of_2(plan.values)), C=chunk, DECAY=plan.decay, REVERSE=reverse, NORM=plan.norm,
         PACKED=table is not None, num_warps=4,
-    )  # fmt: skip
+    ))  # fmt: skip
     return rows
 
 

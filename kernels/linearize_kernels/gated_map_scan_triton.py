@@ -14,6 +14,7 @@ import triton
 import triton.language as tl
 
 from .backend import empty
+from .compiled import start
 from .gated_map_rows_triton import Rows
 from .gated_plan import LEAST_SEGMENT, Plan, gate_signature
 from .gated_tiles import chunk_span, product, row_decay
@@ -166,7 +167,7 @@ def map_scan(
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """States, z and the last state, as `gated_scan_triton.scan`, from features x [B, heads, T, F]."""
     table, offsets, count = plan.chunks(chunk)
-    config = gated_map_scan(plan.capability, plan.features, plan.values, x.dtype)
+    config = gated_map_scan(plan.capability, plan.features, plan.values, x.dtype, reverse=reverse)
     tiles = -(-plan.features // config["BF"]) * -(-plan.values // config["BV"])
     heads = plan.sequences * plan.state_heads
     programs = config.pop("PROGRAMS")
@@ -196,8 +197,8 @@ def map_scan(
         PREC="ieee" if x.dtype == torch.float32 else "tf32", **config,
     )  # fmt: skip
     if segments > 1:
-        map_scan_kernel[(tiles, segments - 1, heads)](*arguments, TOTALS=True, **options)
-    map_scan_kernel[(tiles, segments, heads)](*arguments, TOTALS=False, **options)
+        start(plan.found, map_scan_kernel, (tiles, segments - 1, heads), arguments, options | {"TOTALS": True})
+    start(plan.found, map_scan_kernel, (tiles, segments, heads), arguments, options | {"TOTALS": False})
     return states, z_states, final
 
 
@@ -213,18 +214,20 @@ def map_through(
     """Fills gates [parts, B, S, T]: parts whose sum is the gates' gradient of what passes each token's whole chunk."""
     table, _, count = plan.chunks(chunk)
     parts = gates.shape[0]
-    through_kernel[(plan.batch * count * plan.state_heads * parts,)](
+    start(plan.found, through_kernel, plan.batch * count * plan.state_heads * parts, (
         g, *states, *d_states, gates, table, *plan.decay_strides(g), gates.stride(0), plan.length, plan.state_heads,
-        count, F=plan.features, V=plan.values, FP=triton.next_power_of_2(plan.features), BLOCK=4096, PARTS=parts,
+        count,
+    ), dict(
+        F=plan.features, V=plan.values, FP=triton.next_power_of_2(plan.features), BLOCK=4096, PARTS=parts,
         C=chunk, DECAY=plan.decay, NORM=plan.norm, PACKED=table is not None, num_warps=8,
-    )  # fmt: skip
+    ))  # fmt: skip
 
 
 def gate_cases(arch: int = 90) -> list[tuple[Any, dict[str, str], dict[str, Any], dict[str, int], str]]:
     """Default configurations in bfloat16 on a card of capability `arch`, for the compile gate."""
     cases = []
     for size, width, reverse in ((128, 1024, True), (64, 1024, True), (128, 1024, False)):
-        config = gated_map_scan(arch, 2 * width, size, torch.bfloat16)
+        config = gated_map_scan(arch, 2 * width, size, torch.bfloat16, reverse=reverse)
         config.pop("PROGRAMS")
         launch = {name: config.pop(name) for name in ("num_warps", "num_stages")}
         constants: dict[str, Any] = dict(

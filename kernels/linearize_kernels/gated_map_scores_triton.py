@@ -12,6 +12,7 @@ import triton
 import triton.language as tl
 
 from .backend import empty
+from .compiled import start
 from .gated_maps import MAP_POINTERS, Mapped, map_gate_constants, options
 from .gated_plan import Plan, gate_signature
 from .gated_tiles import chunk_span, pair_decay, row_decay
@@ -87,11 +88,12 @@ def map_scores(
     table, _, count = plan.chunks(chunk)
     shape = (plan.batch, plan.heads, count, chunk, chunk)
     reads, pairs = (empty(shape, dtype=x.q.dtype, device=x.q.device) for _ in range(2))
-    map_scores_kernel[(plan.batch * count * plan.heads,)](
+    start(plan.found, map_scores_kernel, plan.batch * count * plan.heads, (
         *features, x.v, x.g, dout, *factors, reads, pairs, gates, table,
         *x.v.stride()[:3], *plan.decay_strides(x.g), *dout.stride()[:3], plan.scale, plan.length, plan.heads, count,
+    ), dict(
         G=plan.state_heads // plan.kv_heads, WANT_G=gates is not None, **options(plan, chunk, x.q.dtype), **config,
-    )  # fmt: skip
+    ))  # fmt: skip
     return reads, pairs
 
 

@@ -10,6 +10,7 @@ import triton
 import triton.language as tl
 
 from .backend import empty
+from .compiled import start
 from .gated_plan import ENOUGH_PROGRAMS, Plan, gate_signature
 from .tuning import gated_map_inputs, gated_map_weights
 
@@ -94,18 +95,19 @@ def _sizes(size: int, width: int, heads: int, inputs: int) -> dict[str, int]:
     return dict(SHARE=heads // inputs, D=size, BD=max(16, triton.next_power_of_2(size)), WIDTH=width)
 
 
-def input_gradient(plan: Plan, dy: torch.Tensor, weight: torch.Tensor, dx: torch.Tensor) -> None:
+def input_gradient(plan: Plan, dy: torch.Tensor, weight: torch.Tensor, dx: torch.Tensor, tag: str = "") -> None:
     """Fills dx [B, H, T, D] with dy W^T: dy [B, maps, T, f], weight [maps, D, f]; maps of one head follow another."""
     maps, size, width = weight.shape
     batch, heads, length, _ = dx.shape
     config = gated_map_inputs(plan.capability, size, width, dx.dtype)
-    input_kernel[(batch * heads * -(-length // config["ROWS"]),)](
+    start(plan.found, input_kernel, batch * heads * -(-length // config["ROWS"]), (
         dy, weight, dx, *dy.stride()[:3], *dx.stride()[:3], length, heads,
+    ), dict(
         PREC="ieee" if dx.dtype == torch.float32 else "tf32", **_sizes(size, width, maps, heads), **config,
-    )  # fmt: skip
+    ), tag)  # fmt: skip
 
 
-def weight_gradient(plan: Plan, x: torch.Tensor, dy: torch.Tensor) -> torch.Tensor:
+def weight_gradient(plan: Plan, x: torch.Tensor, dy: torch.Tensor, tag: str = "") -> torch.Tensor:
     """x^T dy in shares whose sum it is, [shares, maps, D, f] float32: x [B, H, T, D], dy [B, maps, T, f]."""
     maps, size, width = dy.shape[1], x.shape[3], dy.shape[3]
     config = gated_map_weights(plan.capability, size, width, x.dtype)
@@ -114,11 +116,12 @@ def weight_gradient(plan: Plan, x: torch.Tensor, dy: torch.Tensor) -> torch.Tens
     tiles = maps * -(-width // config["BF"])
     shares = max(1, min(jobs, 2 * ENOUGH_PROGRAMS // tiles))
     part = empty((shares, maps, size, width), dtype=torch.float32, device=x.device)
-    weight_kernel[(shares * tiles,)](
+    start(plan.found, weight_kernel, shares * tiles, (
         x, dy, part, ends, *x.stride()[:3], *dy.stride()[:3], plan.length, maps, last, jobs, shares,
+    ), dict(
         PACKED=ends is not None, PREC="ieee" if x.dtype == torch.float32 else "tf32",
         **_sizes(size, width, maps, x.shape[1]), **config,
-    )  # fmt: skip
+    ), tag)  # fmt: skip
     return part
 
 

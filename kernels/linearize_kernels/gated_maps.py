@@ -156,6 +156,6 @@ def map_gate_constants(size: int, width: int, chunk: int) -> dict[str, Any]:
 
 
 MAP_POINTERS = dict.fromkeys(
-    ("q", "k", "v", "fq", "fk", "dout", "states", "d_states", "reads", "pairs", "dy"), "*bf16"
+    ("v", "fq", "fk", "dout", "states", "d_states", "reads", "pairs", "dy"), "*bf16"
 ) | dict.fromkeys(("g", "factor", "extra", "z_states", "dz_states", "gates", "along", "found", "d_bias"), "*fp32")
 """Types of the arguments that the kernels with maps share, for the compile gate."""

@@ -7,6 +7,8 @@ from typing import Any
 
 import torch
 
+from .compiled import Found
+
 ENOUGH_PROGRAMS = 132
 """Programs of a scan that fill a large GPU; with fewer, it is cut into segments."""
 LEAST_SEGMENT = 4
@@ -64,7 +66,7 @@ class Plan:
     scale: float
     capability: int
     map: str = "none"
-    """Feature map inside the kernels; none: features are given."""
+    """Feature map of the op; none: features are given."""
     signs: int = 1
     """Signs of the map: F is this times the map's width."""
     cu_seqlens: torch.Tensor | None = None
@@ -74,6 +76,9 @@ class Plan:
         default_factory=dict, repr=False, compare=False
     )
     """What `chunks` has found, by size; slices share it."""
+
+    found: Found | None = field(default=None, repr=False, compare=False)
+    """What `compiled` knows of such calls; every slice has its own."""
 
     @property
     def sequences(self) -> int:
@@ -116,6 +121,13 @@ class Plan:
                 }
                 found.append((replace(self, **sizes), at))
         return found
+
+    def sizes(self) -> tuple[object, ...]:
+        """All that its numbers follow from, besides the strides of tensors."""
+        return (
+            self.batch, self.heads, self.state_heads, self.kv_heads, self.length, self.features, self.values,
+            self.sequences, self.scale,
+        )  # fmt: skip
 
     def decay_strides(self, g: torch.Tensor | None) -> tuple[int, int, int]:
         """Strides of the log decay over batch, head and token."""

@@ -11,14 +11,18 @@ import math
 import time
 from collections.abc import Collection, Sequence
 from dataclasses import asdict, dataclass, field, replace
+from functools import lru_cache
 from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 
+from linearize.convert.align_loss import FLOOR, joint_loss, layer_loss
 from linearize.convert.capture import TeacherLayer, captured
 from linearize.convert.checkpoint import Checkpoint, Run, pack_state, save
+from linearize.convert.lanes import Lanes
+from linearize.convert.norms import in_one_launch
 from linearize.convert.optim import (
     autocast,
     clip,
@@ -40,8 +44,6 @@ from linearize.modeling.family_table import body, lookup
 from linearize.progress import Progress
 from linearize.recipe import Align
 
-FLOOR = 1e-12
-"""Least attention weight whose logarithm is taken."""
 DEAD_AFTER = 10
 """Optimiser steps after which a layer must have moved."""
 DIVERGED = 10.0
@@ -82,88 +84,6 @@ def window_hidden(align: Align, layer: int, *, seed: int, step: int, micro: int)
     return align.window_dropout > 0 and derived_uniform(seed, "window", step, micro, layer) < align.window_dropout
 
 
-def student_layer(
-    attention: nn.Module, layer: TeacherLayer, branches: str, *, weights: bool, real: Tensor | None = None
-) -> tuple[Tensor, ...]:
-    """Run a student's attention on the teacher's input; `real` bool [B, T] tells padding to an encoder's.
-
-    Returns its heads [B, T, H, D], its output [B, T, hidden] and, with `weights`, its row weights [B, H, T, T] (else an
-    empty tensor).
-    """
-    mixer: Any = attention.mixer
-    mixer.branches, mixer.record, mixer.record_weights = branches, True, weights
-    padding = {} if real is None else {"mixer_real": real}
-    try:
-        output = attention(layer.hidden_states, **layer.kwargs, **padding)[0]
-        return mixer.last_output, output, mixer.last_weights if weights else output.new_empty(0)
-    finally:
-        mixer.branches, mixer.record, mixer.record_weights = "full", False, False
-        mixer.last_output = mixer.last_linear = mixer.last_weights = None
-
-
-def normalised_error(ours: Tensor, theirs: Tensor) -> Tensor:
-    """mean |ours - theirs|^2 / mean |theirs|^2, in fp32."""
-    theirs = theirs.float()
-    return (ours.float() - theirs).square().mean() / theirs.square().mean().clamp_min(FLOOR)
-
-
-def layer_loss(
-    attention: nn.Module, layer: TeacherLayer, branches: str, objective: str, real: Tensor | None = None
-) -> tuple[Tensor, Tensor]:
-    """The loss of one layer, with its graph, and its normalised error (of what is matched), without.
-
-    Tokens that `real` [B, T] says are padding count for neither.
-
-    output:  mean |y - y*|^2 / mean |y*|^2 over the outputs of the heads, before o_proj
-    weights: mean over rows of -sum_j a*_j log a_j
-    hidden:  mean over tokens of |o - o*|_2 / sqrt(hidden), after o_proj
-    """
-    heads, output, weights = student_layer(attention, layer, branches, weights=objective == "weights", real=real)
-    if real is not None:
-        layer = replace(
-            layer,
-            heads=layer.heads[real],
-            output=layer.output[real],
-            weights=None if layer.weights is None else layer.weights.transpose(1, 2)[real],
-        )
-        heads, output = heads[real], output[real]
-        weights = weights.transpose(1, 2)[real] if objective == "weights" else weights
-    return _distance(heads, output, weights, layer, objective)
-
-
-def joint_loss(attention: nn.Module, layer: TeacherLayer, objective: str) -> tuple[Tensor, Tensor]:
-    """The losses of the mix and of the linear branch alone, summed, and the mix's error, from one run of the layer.
-
-    For mixers whose linear branch reads the same tokens in the mix as alone.
-    """
-    mixer: Any = attention.mixer
-    mixer.record = True
-    try:
-        output = attention(layer.hidden_states, **layer.kwargs)[0]
-        heads, linear = mixer.last_output, mixer.last_linear.to(output.dtype)
-    finally:
-        mixer.record, mixer.last_output, mixer.last_linear = False, None, None
-    nothing = output.new_empty(0)
-    loss, error = _distance(heads, output, nothing, layer, objective)
-    projected = attention.family.project_heads(attention, linear)  # type: ignore[union-attr, operator]
-    alone, _ = _distance(linear, projected, nothing, layer, objective)
-    return loss + alone, error
-
-
-def _distance(
-    heads: Tensor, output: Tensor, weights: Tensor, layer: TeacherLayer, objective: str
-) -> tuple[Tensor, Tensor]:
-    if objective == "hidden":
-        distance = (output.float() - layer.output.float()).norm(dim=-1)
-        error = normalised_error(output.detach(), layer.output)  # heads need not agree where o_proj may be trained
-        return distance.mean() * output.shape[-1] ** -0.5, error
-    error = normalised_error(heads, layer.heads)
-    if objective == "output":
-        return error, error.detach()
-    assert layer.weights is not None
-    return -(layer.weights * weights.float().clamp_min(FLOOR).log()).sum(-1).mean(), error.detach()
-
-
 @dataclass(frozen=True, kw_only=True)
 class MicroResult:
     """One micro-batch, and the layers that ran without their window."""
@@ -182,15 +102,22 @@ def transfer_micro_batch(
     hidden: Collection[int] = (),
     scale: float = 1.0,
     task: Task = CAUSAL,
+    lanes: Lanes | None = None,
 ) -> Tensor:
     """Run the teacher on ids [B, T]; add `scale` times every layer's gradients to its parameters.
 
-    Layers in `hidden` run without their window. Returns losses and normalised errors, fp32 [2, layers].
+    Layers in `hidden` run without their window; layers run side by side in `lanes`. Returns losses and normalised
+    errors, fp32 [2, layers].
     """
+    lanes = Lanes(ids.device) if lanes is None else lanes
     losses, errors = [], []
     real, layout = task.real(ids), task.layout(ids)
 
     def on_layer(layer: TeacherLayer) -> None:
+        with lanes.beside(layer.index, layer):
+            learn(layer)
+
+    def learn(layer: TeacherLayer) -> None:
         attention = attentions[layer.index]
         if layout is not None:
             layer = replace(layer, kwargs=layer.kwargs | {"mixer_layout": layout})
@@ -220,6 +147,7 @@ def transfer_micro_batch(
         captured(teacher, list(attentions), on_layer, weights=align.objective == "weights"),
     ):
         body(teacher)(**task.call(ids))
+    lanes.join()
     return torch.stack((torch.stack(losses), torch.stack(errors))).float()
 
 
@@ -265,27 +193,50 @@ def align_layers(
     begin, first = time.monotonic(), state.step
     spent = state.seconds
 
+    # With hidden windows there are as many kinds of steps as sets of layers, too many to record.
+    recorded = worth_recording(teacher, device)
+    plain = recorded and not align.window_dropout and not task.varied
+    lanes = Lanes.fitting(device, micro * shape.context * body(teacher).config.hidden_size, recorded=plain)
+
     def micro_batch(ids: Tensor, hidden: tuple[int, ...]) -> Tensor:
         scale = len(ids) / shape.batch
-        return transfer_micro_batch(teacher, attentions, ids, align, hidden=hidden, scale=scale, task=task)
+        return transfer_micro_batch(teacher, attentions, ids, align, hidden=hidden, scale=scale, task=task, lanes=lanes)
 
-    # With hidden windows there are as many kinds of steps as sets of layers, too many to record.
-    plain = not align.window_dropout and not task.varied
-    replay = Replay(micro_batch, device, enabled=plain and worth_recording(teacher, device))
-    with trainable(parameters.values()), gradient_buffers(parameters.values()), run.listening():
+    replay = Replay(micro_batch, device, enabled=plain)
+
+    def clipped(kind: str) -> Tensor:
+        # Each layer by itself: none is slowed down by another one's large gradient.
+        nothing = torch.zeros((), device=device)
+        norms = [clip((parameters[n] for n in names), align.clip) if names else nothing for names in members.values()]
+        return torch.stack(norms)
+
+    clipping = Replay(clipped, device, enabled=recorded)
+
+    @lru_cache(2)
+    def example(step: int) -> Tensor:
+        rows = batches(windows, batch_size=shape.batch, seed=seed, step=shape.offset + step)
+        return task.examples(rows, seed, "mask", shape.name, step)[0]
+
+    def launched(step: int) -> list[MicroResult]:
+        """A step's micro-batches; nothing waits for them."""
+        results = []
+        for number, part in enumerate(example(step).to(device).split(micro)):
+            hidden = tuple(i for i in attentions if window_hidden(align, i, seed=seed, step=step, micro=number))
+            results.append(MicroResult(table=replay(part, kind=hidden), hidden=hidden))
+        return results
+
+    buffers = gradient_buffers(parameters.values())
+    with trainable(parameters.values()), buffers, in_one_launch(student, teacher), run.listening():
+        ready: list[MicroResult] | None = None
         for step in range(first, shape.steps):
             set_learning_rate(optimizer, step, steps=shape.steps, warmup=align.warmup, min_lr=align.min_lr)
-            rows = batches(windows, batch_size=shape.batch, seed=seed, step=shape.offset + step)
-            ids, _ = task.examples(rows, seed, "mask", shape.name, step)
-            results = []
-            for number, part in enumerate(ids.to(device).split(micro)):
-                hidden = tuple(i for i in attentions if window_hidden(align, i, seed=seed, step=step, micro=number))
-                results.append(MicroResult(table=replay(part, kind=hidden), hidden=hidden))
-            # Each layer by itself: none is slowed down by another one's large gradient.
-            norms = [clip((parameters[n] for n in names), align.clip) for names in members.values()]
-            seen = _take_in(tracks, results, norms, step)
+            results = launched(step) if ready is None else ready
+            seen = _take_in(tracks, results, clipping(kind="clip"), step)
             optimizer.step()
             optimizer.zero_grad(set_to_none=False)
+            # A recorded step runs by itself: meanwhile the host notes what came of the one before.
+            if ready := launched(step + 1) if replay.enabled and step + 1 < shape.steps else None:
+                example(step + 2)
             state.step = step + 1
             state.seconds = spent + time.monotonic() - begin
             state.extra = {str(i): asdict(t) for i, t in tracks.items()}
@@ -352,15 +303,15 @@ def mean_match(state: StageState) -> float | None:
 
 
 def _take_in(
-    tracks: dict[int, LayerTrack], results: Sequence[MicroResult], norms: Sequence[Tensor], step: int
+    tracks: dict[int, LayerTrack], results: Sequence[MicroResult], norms: Tensor, step: int
 ) -> dict[int, tuple[float, float] | None]:
-    """Update the tracks; stop on a layer that is not finite or has diverged. One transfer from the device.
+    """Update the tracks; stop on a layer that is not finite or has diverged. `norms` [layers]: of their gradients.
 
     Returns loss and normalised error of each layer in this step, None where it ran without its window throughout.
     """
     taken: dict[int, tuple[float, float] | None] = {}
     table = torch.stack([r.table for r in results]).cpu().tolist()
-    finite = torch.stack([n.float().cpu() for n in norms]).isfinite().tolist()
+    finite = norms.isfinite().tolist()
     for place, (index, track) in enumerate(tracks.items()):
         values = [(part[0][place], part[1][place]) for part in table]
         if not finite[place] or not all(math.isfinite(x) for pair in values for x in pair):

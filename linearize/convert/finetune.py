@@ -1,8 +1,4 @@
-"""Finetuning: the whole student on next tokens, on the teacher's logits, or on both.
-
-Logits are never held for all tokens at once: the loss is differentiated piece by piece back to the last hidden state,
-and from there through the model.
-"""
+"""Finetuning: the whole student on next tokens, on the teacher's logits, or on both (finetune_loss.py)."""
 
 from __future__ import annotations
 
@@ -11,17 +7,19 @@ import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
+from functools import lru_cache
 from typing import Any
 
 import numpy as np
 import torch
-import torch.nn.functional as nnf
 from torch import Tensor, nn
 
 from linearize.convert.checkpoint import Checkpoint, Run, pack_state, save
+from linearize.convert.finetune_loss import backward_losses
+from linearize.convert.lanes import Lanes
 from linearize.convert.lora import inject
+from linearize.convert.norms import in_one_launch
 from linearize.convert.optim import (
-    autocast,
     clip,
     derived_seed,
     derived_uniform,
@@ -39,113 +37,15 @@ from linearize.convert.task import CAUSAL, Task
 from linearize.data import batches
 from linearize.errors import UsageError, VerificationError
 from linearize.masking import IGNORE
-from linearize.modeling.family_table import body, logits, lookup
+from linearize.modeling.family_table import body, lookup
 from linearize.progress import Progress
 from linearize.recipe import Finetune
-from linearize_kernels.backend import pick
-from linearize_kernels.distill import distill_loss
 
-PIECE = 2048
-"""Tokens whose logits are held at once."""
 DROPOUTS = ("attention_dropout", "dropout", "layerdrop", "jitter_noise")
 """Rates that native modules keep as numbers."""
 DEAD_AFTER = 10
 DIVERGED = 4.0
 """Nats by which the running loss may exceed its lowest value."""
-
-
-def token_losses(logits: Tensor, labels: Tensor, teacher_logits: Tensor | None) -> tuple[Tensor, Tensor]:
-    """Sums over tokens of the cross-entropy and of KL(teacher || student), each a fp32 scalar.
-
-    Args:
-        logits: [N, V] of the student, any float dtype; log-softmax is taken in fp32.
-        labels: [N]; tokens labelled -100 count for neither sum.
-        teacher_logits: [N, V], or None for no KL (the sum is then 0).
-    """
-    log_p = nnf.log_softmax(logits.float(), dim=-1)
-    cross_entropy = nnf.nll_loss(log_p, labels, ignore_index=IGNORE, reduction="sum")
-    if teacher_logits is None:
-        return cross_entropy, cross_entropy.new_zeros(())
-    log_q = nnf.log_softmax(teacher_logits.float(), dim=-1)
-    per_token = nnf.kl_div(log_p, log_q, reduction="none", log_target=True).sum(-1)
-    return cross_entropy, torch.where(labels != IGNORE, per_token, 0.0).sum()
-
-
-def backward_losses(
-    student: Any,
-    teacher: Any | None,
-    ids: Tensor,
-    labels: Tensor,
-    *,
-    ce: float,
-    kl: float,
-    scale: float | Tensor,
-    task: Task = CAUSAL,
-) -> Tensor:
-    """Add the gradients of scale * (ce * sum CE + kl * sum KL) over ids, labels [B, T]; both sums [2], fp32."""
-    with autocast(ids.device):
-        hidden = body(student)(**task.call(ids)).last_hidden_state.flatten(0, 1)
-        target = None
-        if teacher is not None and kl > 0:
-            with torch.no_grad():
-                target = body(teacher)(**task.call(ids)).last_hidden_state.flatten(0, 1)
-    flat = labels.flatten()
-    if task.sparse:  # logits of labelled tokens alone
-        labelled = (flat != IGNORE).nonzero().squeeze(1)
-        hidden, flat = hidden[labelled], flat[labelled]
-        target = None if target is None else target[labelled]
-    leaf = hidden.detach().requires_grad_()
-    models = [student] if target is None or teacher is None else [student, teacher]
-    heads = [model.get_output_embeddings() for model in models]
-    plain = lookup(student.config).plain_head(student.config)
-    plain &= all(type(head) is nn.Linear and head.bias is None for head in heads)
-    if plain and pick("auto", leaf, target) == "triton":
-        theirs = {} if target is None else {"teacher_hidden": target, "teacher_weight": heads[-1].weight}
-        with autocast(ids.device):
-            loss, both = distill_loss(leaf, heads[0].weight, flat, **theirs, ce=ce, kl=kl, piece=PIECE)
-        (loss * scale).backward()
-    else:
-        both = _backward_by_pieces(student, teacher, leaf, target, flat, ce=ce, kl=kl, scale=scale)
-    assert leaf.grad is not None
-    hidden.backward(leaf.grad)
-    return both
-
-
-def _backward_by_pieces(
-    student: Any,
-    teacher: Any | None,
-    leaf: Tensor,
-    target: Tensor | None,
-    flat: Tensor,
-    *,
-    ce: float,
-    kl: float,
-    scale: float | Tensor,
-) -> Tensor:
-    """`backward_losses` from the hidden states on, in torch: the student's leaf, the teacher's target, flat labels."""
-    sums = [torch.zeros((), device=leaf.device) for _ in range(2)]
-    for begin in range(0, len(flat), PIECE):
-        part = slice(begin, begin + PIECE)
-        with autocast(leaf.device):
-            ours = logits(student, leaf[part])
-            with torch.no_grad():
-                theirs = None if target is None or teacher is None else logits(teacher, target[part])
-        ce_sum, kl_sum = token_losses(ours, flat[part], theirs)
-        ((ce * ce_sum + kl * kl_sum) * scale).backward()
-        sums[0] += ce_sum.detach()
-        sums[1] += kl_sum.detach()
-    return torch.stack(sums)
-
-
-@torch.no_grad()
-def mean_loss(model: Any, ids: Tensor) -> float:
-    """Cross-entropy in nats per token over ids [B, T], a window at a time."""
-    total = 0.0
-    for row in ids.split(1):
-        with autocast(ids.device):
-            found = logits(model, body(model)(input_ids=row, use_cache=False).last_hidden_state[0])
-        total += float(nnf.cross_entropy(found[:-1].float(), row[0, 1:]))
-    return total / len(ids)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -277,32 +177,53 @@ def finetune_model(
     device = next(student.parameters()).device
     begin, first, spent = time.monotonic(), state.step, state.seconds
 
+    # Recomputation and dropout depend on random states that a recording would not move on as its steps do.
+    plain = not checkpointing and not task.varied and (finetune.lora is None or finetune.lora.dropout == 0)
+    recorded = worth_recording(student, device)
+    numbers = micro * shape.context * body(student).config.hidden_size
+    lanes = Lanes.fitting(device, numbers, recorded=plain and recorded)
+
     def micro_batch(ids: Tensor, labels: Tensor, scale: Tensor, which: str) -> Tensor:
         with branches(student, which):
             return backward_losses(
-                student, teacher, ids, labels, ce=finetune.ce, kl=finetune.kl, scale=scale, task=task
+                student, teacher, ids, labels, ce=finetune.ce, kl=finetune.kl, scale=scale, task=task, lanes=lanes
             )
 
-    # Recomputation and dropout depend on random states that a recording would not move on as its steps do.
-    plain = not checkpointing and not task.varied and (finetune.lora is None or finetune.lora.dropout == 0)
-    replay = Replay(micro_batch, device, enabled=plain and worth_recording(student, device))
+    replay = Replay(micro_batch, device, enabled=plain and recorded)
+    clipping = Replay(lambda kind: clip(parameters.values(), finetune.clip), device, enabled=recorded)
+
+    @lru_cache(2)
+    def example(step: int) -> tuple[Tensor, Tensor]:
+        rows = batches(windows, batch_size=shape.batch, seed=seed, step=shape.offset + step)
+        return task.examples(rows, seed, "mask", shape.name, step)
+
+    def launched(step: int) -> tuple[list[Tensor], Tensor, bool]:
+        """A step's losses by micro-batch, its labelled tokens, and whether it hides all windows; nothing waits."""
+        ids, labels = (x.to(device) for x in example(step))
+        tokens = (labels != IGNORE).sum()
+        sums = []
+        hidden = window_hidden(finetune, seed=seed, step=step)
+        for number, (part, part_labels) in enumerate(zip(ids.split(micro), labels.split(micro), strict=True)):
+            if not replay.enabled:  # what is recorded draws no numbers
+                torch.manual_seed(derived_seed(seed, "dropout", step, number))
+            sums.append(replay(part, part_labels, 1.0 / tokens, kind="linear" if hidden else "full"))
+        return sums, tokens, hidden
+
     mode, buffers = training_mode(student, checkpointing=checkpointing), gradient_buffers(parameters.values())
-    with trainable(parameters.values()), mode, buffers, run.listening():
+    norms = in_one_launch(student, teacher)
+    with trainable(parameters.values()), mode, buffers, norms, run.listening():
+        ready: tuple[list[Tensor], Tensor, bool] | None = None
         for step in range(first, shape.steps):
             set_learning_rate(optimizer, step, steps=shape.steps, warmup=finetune.warmup, min_lr=finetune.min_lr)
-            rows = batches(windows, batch_size=shape.batch, seed=seed, step=shape.offset + step)
-            ids, labels = (x.to(device) for x in task.examples(rows, seed, "mask", shape.name, step))
-            tokens = (labels != IGNORE).sum()
-            sums = []
-            hidden = window_hidden(finetune, seed=seed, step=step)
-            for number, (part, part_labels) in enumerate(zip(ids.split(micro), labels.split(micro), strict=True)):
-                torch.manual_seed(derived_seed(seed, "dropout", step, number))
-                sums.append(replay(part, part_labels, 1.0 / tokens, kind="linear" if hidden else "full"))
-            norm = clip(parameters.values(), finetune.clip)
+            sums, tokens, hidden = launched(step) if ready is None else ready
+            norm = clipping(kind="clip")
             ce_mean, kl_mean, size = [*(torch.stack(sums).sum(0) / tokens).tolist(), float(norm)]
             _take_in(state, ce_mean, kl_mean, finetune, size, parameters, step, hidden=hidden)
             optimizer.step()
             optimizer.zero_grad(set_to_none=False)
+            # A recorded step runs by itself: meanwhile the host notes what came of the one before.
+            if ready := launched(step + 1) if replay.enabled and step + 1 < shape.steps else None:
+                example(step + 2)
             state.step = step + 1
             state.seconds = spent + time.monotonic() - begin
             if state.step in (DEAD_AFTER, shape.steps):

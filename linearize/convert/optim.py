@@ -46,14 +46,16 @@ def adamw(groups: Sequence[tuple[Iterable[nn.Parameter], float]], *, weight_deca
 
     A group's peak learning rate stays in its entry `peak`, for `set_learning_rate`.
     """
-    entries = []
+    entries: list[dict[str, Any]] = []
     for parameters, lr in groups:
         members = list(parameters)
         for wide, decay in ((True, weight_decay), (False, 0.0)):
             part = [p for p in members if (p.ndim >= 2) == wide]
             if part:
                 entries.append({"params": part, "lr": lr, "peak": lr, "weight_decay": decay})
-    return torch.optim.AdamW(entries, betas=BETAS, weight_decay=0.0)
+    # One launch a group: a small model's step is over before the host has launched a dozen.
+    fused = bool(entries) and all(p.is_cuda for entry in entries for p in entry["params"])
+    return torch.optim.AdamW(entries, betas=BETAS, weight_decay=0.0, fused=fused or None)
 
 
 class Optimizers:

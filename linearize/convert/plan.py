@@ -13,7 +13,7 @@ from transformers.pytorch_utils import Conv1D
 from linearize.artifacts.quantised import WEIGHT_BYTES
 from linearize.convert.checkpoint import KEEP
 from linearize.convert.families import check_fit, check_stages, family_of, head_dim, inner_size, require_family
-from linearize.convert.finetune import PIECE
+from linearize.convert.finetune_loss import PIECE
 from linearize.convert.lora import target_modules, width_of
 from linearize.convert.stages import StageShape, stage_shape
 from linearize.convert.surgery import LINEAR, account, empty_student, mixer_plan, student_config, trained_names

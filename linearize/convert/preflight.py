@@ -12,12 +12,14 @@ import torch
 from torch import nn
 
 from linearize.convert.align import aligned_names, transfer_micro_batch
-from linearize.convert.finetune import backward_losses, prepare, training_mode
+from linearize.convert.finetune import prepare, training_mode
+from linearize.convert.finetune_loss import backward_losses
 from linearize.convert.inputs import Inputs
 from linearize.convert.lora import extract
 from linearize.convert.optim import trainable
 from linearize.convert.stages import StageShape
 from linearize.errors import RefusedError
+from linearize_kernels.ahead import compiling_ahead
 
 MICRO_TOKENS = {"cpu": 4_096, "cuda": 65_536}
 """Most tokens of one micro-batch; on a GPU the preflight halves it until it fits."""
@@ -41,6 +43,9 @@ def _fitting(inputs: Inputs, shape: StageShape, student: Any, teacher: Any) -> i
         rows = inputs.windows[np.arange(micro) % len(inputs.windows)]
         ids, labels = (x.to(inputs.device) for x in inputs.task.examples(rows, "preflight"))
         try:
+            with compiling_ahead(inputs.device) as useful:
+                if useful:
+                    attempt(inputs, student, teacher, ids, labels)
             attempt(inputs, student, teacher, ids, labels)
             return micro
         except torch.cuda.OutOfMemoryError:

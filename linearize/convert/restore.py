@@ -104,7 +104,7 @@ def unpack_state(
             parameter.copy_(value)
     if optimizer is None:
         return
-    owned = {id(p) for group in optimizer.param_groups for p in group["params"]}
+    owned = {id(p): bool(group.get("fused")) for group in optimizer.param_groups for p in group["params"]}
     for full_name, value in tensors.items():
         kind, _, rest = full_name.partition("/")
         if kind != "optimizer":
@@ -114,5 +114,6 @@ def unpack_state(
             raise RefusedError(f"the checkpoint holds {full_name}, which this run has no place for", "Start over")
         parameter = parameters[name]
         if id(parameter) in owned:
-            # AdamW keeps its step counts on the CPU and its moments beside the parameter.
-            optimizer.state[parameter][key] = value if key == "step" else value.to(parameter.device)
+            # AdamW keeps its moments beside the parameter, its step counts too where it is one kernel, else on the CPU.
+            stays = key == "step" and not owned[id(parameter)]
+            optimizer.state[parameter][key] = value if stays else value.to(parameter.device)

@@ -12,7 +12,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from linearize.convert.finetune import PIECE, token_losses
+from linearize.convert.finetune_loss import PIECE, token_losses
 from linearize.convert.stages import StageShape, shown
 from linearize.convert.surgery import LINEAR, linearize_model
 from linearize.convert.task import shifted_labels

@@ -17,6 +17,11 @@ from torch import Tensor
 from .layout import Layout
 from .mixer_state import MixerState, take
 
+try:
+    from linearize_kernels.unrotate import unrotate
+except ImportError:  # an exported model beside an older linearize, or beside none
+    unrotate = None  # type: ignore[assignment]
+
 if TYPE_CHECKING:
     from .mixer import Mixer
 
@@ -95,8 +100,14 @@ class Tokens:
         spec = mixer.spec
         if not spec.own_qk and (spec.rope or self.rotation is None):
             return self.q, self.k
-        given = self.precise(self.q), self.precise(self.k), self.precise(self.inputs)
-        q, k = mixer.linear_qk(*given, self.rotation)
+        if not spec.own_qk and self.rotation is not None and unrotate is not None:
+            q, k = (unrotate(x, *self.rotation, backend=mixer.backend) for x in (self.q, self.k))
+            return q, k
+        q, k, rotation = self.precise(self.q), self.precise(self.k), self.rotation
+        if not spec.rope and rotation is not None and unrotate is not None:
+            q, k = (unrotate(x, *rotation, backend=mixer.backend) for x in (q, k))
+            rotation = None
+        q, k = mixer.linear_qk(q, k, self.precise(self.inputs), rotation)
         return q.to(self.q.dtype), k.to(self.k.dtype)
 
     def gates(self, mixer: Mixer) -> tuple[Tensor | None, Tensor | None]:

@@ -12,17 +12,16 @@ import pytest
 import torch
 
 from linearize.convert import align as align_module
+from linearize.convert import align_loss
 from linearize.convert.align import (
     align_layers,
     aligned_names,
     branches_of,
-    joint_loss,
-    layer_loss,
     match,
-    student_layer,
     transfer_micro_batch,
     window_hidden,
 )
+from linearize.convert.align_loss import joint_loss, layer_loss, student_layer
 from linearize.convert.capture import TeacherLayer, captured
 from linearize.convert.checkpoint import open_run
 from linearize.convert.optim import trainable
@@ -194,7 +193,7 @@ def test_one_layers_activations_at_a_time(make_teacher: Callable[..., Any], monk
     student = student_of(teacher)
     alive: list[int] = []
     heads: list[Any] = []
-    run = align_module.student_layer
+    run = align_loss.student_layer
 
     def watched(*args: Any, **kwargs: Any) -> Any:
         alive.append(sum(ref() is not None for ref in heads))
@@ -202,7 +201,7 @@ def test_one_layers_activations_at_a_time(make_teacher: Callable[..., Any], monk
         heads.append(weakref.ref(out[0]))
         return out
 
-    monkeypatch.setattr(align_module, "student_layer", watched)
+    monkeypatch.setattr(align_loss, "student_layer", watched)
     with trainable([p for n, p in student.named_parameters() if "mixer" in n]):
         transfer_micro_batch(teacher, dict(attention_layers(student)), ids(), Align())
     assert alive == [0, 0, 0]

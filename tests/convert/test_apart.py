@@ -12,9 +12,10 @@ import pytest
 import torch
 
 from linearize.artifacts.manifest import read_manifest
-from linearize.convert.align import student_layer, transfer_micro_batch
+from linearize.convert.align import transfer_micro_batch
+from linearize.convert.align_loss import student_layer
 from linearize.convert.capture import captured
-from linearize.convert.finetune import backward_losses
+from linearize.convert.finetune_loss import backward_losses
 from linearize.convert.inputs import gather, identity_of
 from linearize.convert.optim import trainable
 from linearize.convert.pipeline import convert

@@ -16,9 +16,9 @@ import linearize
 from linearize.artifacts.load import load_model, load_tokenizer
 from linearize.artifacts.manifest import verify_manifest
 from linearize.convert import checkpoint, pipeline
-from linearize.convert.align import layer_loss
+from linearize.convert.align_loss import layer_loss
 from linearize.convert.capture import TeacherLayer, captured
-from linearize.convert.finetune import backward_losses
+from linearize.convert.finetune_loss import backward_losses
 from linearize.convert.pipeline import convert
 from linearize.convert.plan import inspect, make_plan
 from linearize.convert.surgery import linearize_model

@@ -11,19 +11,18 @@ import pytest
 import torch
 
 from linearize.convert import finetune as module
+from linearize.convert import finetune_loss
 from linearize.convert.checkpoint import open_run
 from linearize.convert.export import merge
 from linearize.convert.finetune import (
-    backward_losses,
     branches,
     finetune_model,
     kept_names,
-    mean_loss,
     prepare,
-    token_losses,
     training_mode,
     window_hidden,
 )
+from linearize.convert.finetune_loss import backward_losses, mean_loss, token_losses
 from linearize.convert.lora import extract, inject, merged_weight, target_modules
 from linearize.convert.optim import trainable
 from linearize.convert.stages import StageState, stage_shape
@@ -76,7 +75,7 @@ def test_labels_are_the_next_tokens() -> None:
 def test_gradients_in_pieces_are_those_of_the_whole(
     make_teacher: Callable[..., Any], monkeypatch: pytest.MonkeyPatch, piece: int
 ) -> None:
-    monkeypatch.setattr(module, "PIECE", piece)
+    monkeypatch.setattr(finetune_loss, "PIECE", piece)
     teacher = make_teacher("qwen2 biases, tied")
     student = student_of(teacher, {0})
     trained = prepare(student, Finetune(full=("mixer",), kl=1.0), seed=0)

@@ -9,8 +9,8 @@ import pytest
 import torch
 from torch import nn
 
-from linearize.convert import finetune as module
-from linearize.convert.finetune import backward_losses
+from linearize.convert import finetune_loss as module
+from linearize.convert.finetune_loss import backward_losses
 from linearize.convert.task import shifted_labels
 from linearize_kernels.backend import HAS_TRITON, VARIABLE, interpreting
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import subprocess
+import threading
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -64,3 +65,27 @@ def test_and_so_do_the_fresh_processes(monkeypatch: pytest.MonkeyPatch, tmp_path
     with pytest.raises(VerificationError, match="no such luck"):
         verify.verify_export(tmp_path / "out", expected, device=torch.device("cpu"), room=tmp_path / "room")
     assert seen == ["torch"]
+
+
+@pytest.mark.parametrize(("device", "size", "together"), [("cuda", 10, True), ("cuda", 11, False), ("cpu", 10, False)])
+def test_both_ways_at_once_where_there_is_room(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, device: str, size: int, together: bool
+) -> None:
+    monkeypatch.setattr(verify, "SMALL", 10)
+    (tmp_path / "model.safetensors").write_bytes(b"x" * size)
+    running: list[str] = []
+    both = threading.Barrier(2)
+
+    def ask(mode: str, *_: Any) -> Any:
+        running.append(mode)
+        if together:
+            both.wait(timeout=30)  # until the other one runs as well
+        else:
+            assert len(running) == 1
+            running.remove(mode)
+        return mode, {}
+
+    monkeypatch.setattr(verify, "_ask", ask)
+    expected = verify.expect(Model(), SimpleNamespace(decode=str), IDS)
+    found = verify._answers(tmp_path, tmp_path, expected, torch.device(device))
+    assert [mode for mode, _ in found] == list(verify.MODES)

@@ -32,6 +32,7 @@ MAIN_MODULES = {
     "gated_delta": "gated_delta_scan_triton",
     "gated_map": "gated_map_out_triton",
     "gated": "gated_out_triton",
+    "unrotate": "unrotate_triton",
     "window_linear": "window_linear_read_triton",
 }
 """Of every op, what its modules' names begin with, and the module that is compiled for every card."""

@@ -45,9 +45,11 @@ def test_triton_looks_once() -> None:
     options = {"D": 4, "C": 3, "num_warps": 4}
     compiled.start(found, kernel, 7, ("first", 1), options)
     compiled.start(found, kernel, 8, ("second", 2), options)
-    assert kernel.looked == [((7,), ("first", 1), options)]
+    assert kernel.looked == [((7, 1, 1), ("first", 1), options)]
     # Constants follow the arguments in the kernel's order, and options of the launch are no arguments.
     assert kernel.launched == [((8, 1, 1), ("second", 2, 3, 4))]
+    compiled.start(found, kernel, (2, 3, 5), ("third", 2), options)
+    assert kernel.launched[1:] == [((2, 3, 5), ("third", 2, 3, 4))]
 
 
 @pytest.mark.parametrize("change", [{"constants": {"C": 5, "D": 4}}, {"tag": "keys"}, {"kernel": True}])

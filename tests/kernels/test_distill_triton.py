@@ -138,7 +138,7 @@ def test_autocast_products_and_gradients_in_the_leaves_dtype() -> None:
 
 
 def test_is_what_finetuning_sums() -> None:
-    from linearize.convert.finetune import token_losses
+    from linearize.convert.finetune_loss import token_losses
 
     x = cast(made(), torch.float32)
     _, sums = distill_loss(**x, backend="torch")

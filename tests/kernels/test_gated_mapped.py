@@ -161,3 +161,25 @@ def test_what_does_not_fit_is_refused_by_name(change: dict, message: str) -> Non
     x = {name: t.float() for name, t in made("hedgehog_exp").items()}
     with pytest.raises(ValueError, match=message):
         mapped_gated_linear(**(x | change))
+
+
+@pytest.mark.usefixtures("interpreter")
+def test_a_slice_is_known_by_all_that_decides_its_code(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Slices have sizes and places of their own, and machine code may rest on either."""
+    from linearize_kernels import gated_map_slices as slices
+
+    asked: list[tuple[object, list[int]]] = []
+
+    def found_for(sizes: object, *given: torch.Tensor | None) -> None:
+        hash(sizes)
+        asked.append((sizes, [0 if y is None else y.data_ptr() for y in given]))
+
+    monkeypatch.setattr(slices, "found_for", found_for)
+    monkeypatch.setattr(slices, "gated_map_slice", lambda capability: 1)
+    compare(made("hedgehog_exp", batch=2, heads=(4, 2, 2), norm=True), normaliser="own")
+    forward, backward = asked[:4], asked[4:]  # each row of the batch, each key-value head
+    assert len(backward) == 4
+    for calls in (forward, backward):
+        assert len({sizes for sizes, _ in calls}) == 1
+        for places in list(zip(*(found for _, found in calls), strict=True))[:3]:  # queries, keys and values
+            assert len(set(places)) == 4

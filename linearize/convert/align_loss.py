@@ -1,0 +1,105 @@
+"""How far one layer of the student is from the teacher's: the losses of alignment."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import Any
+
+from torch import Tensor, nn
+
+from linearize.convert.capture import TeacherLayer
+
+FLOOR = 1e-12
+"""Least attention weight whose logarithm is taken, and least mean square that is divided by."""
+
+
+def student_layer(
+    attention: nn.Module, layer: TeacherLayer, branches: str, *, weights: bool, real: Tensor | None = None
+) -> tuple[Tensor, ...]:
+    """Run a student's attention on the teacher's input; `real` bool [B, T] tells padding to an encoder's.
+
+    Returns its heads [B, T, H, D], its output [B, T, hidden] and, with `weights`, its row weights [B, H, T, T] (else an
+    empty tensor).
+    """
+    mixer: Any = attention.mixer
+    mixer.branches, mixer.record, mixer.record_weights = branches, True, weights
+    padding = {} if real is None else {"mixer_real": real}
+    try:
+        output = attention(layer.hidden_states, **layer.kwargs, **padding)[0]
+        return mixer.last_output, output, mixer.last_weights if weights else output.new_empty(0)
+    finally:
+        mixer.branches, mixer.record, mixer.record_weights = "full", False, False
+        mixer.last_output = mixer.last_linear = mixer.last_weights = None
+
+
+def normalised_error(ours: Tensor, theirs: Tensor) -> Tensor:
+    """mean |ours - theirs|^2 / mean |theirs|^2, in fp32."""
+    theirs = theirs.float()
+    return _ratio((ours.float() - theirs).square(), theirs.square())
+
+
+def _ratio(error: Tensor, size: Tensor) -> Tensor:
+    return error.mean() / size.mean().clamp_min(FLOOR)
+
+
+def layer_loss(
+    attention: nn.Module, layer: TeacherLayer, branches: str, objective: str, real: Tensor | None = None
+) -> tuple[Tensor, Tensor]:
+    """The loss of one layer, with its graph, and its normalised error (of what is matched), without.
+
+    Tokens that `real` [B, T] says are padding count for neither.
+
+    output:  mean |y - y*|^2 / mean |y*|^2 over the outputs of the heads, before o_proj
+    weights: mean over rows of -sum_j a*_j log a_j
+    hidden:  mean over tokens of |o - o*|_2 / sqrt(hidden), after o_proj
+    """
+    heads, output, weights = student_layer(attention, layer, branches, weights=objective == "weights", real=real)
+    if real is not None:
+        layer = replace(
+            layer,
+            heads=layer.heads[real],
+            output=layer.output[real],
+            weights=None if layer.weights is None else layer.weights.transpose(1, 2)[real],
+        )
+        heads, output = heads[real], output[real]
+        weights = weights.transpose(1, 2)[real] if objective == "weights" else weights
+    return _distance(heads, output, weights, layer, objective)
+
+
+def joint_loss(attention: nn.Module, layer: TeacherLayer, objective: str) -> tuple[Tensor, Tensor]:
+    """The losses of the mix and of the linear branch alone, summed, and the mix's error, from one run of the layer.
+
+    For mixers whose linear branch reads the same tokens in the mix as alone.
+    """
+    mixer: Any = attention.mixer
+    mixer.record = True
+    try:
+        output = attention(layer.hidden_states, **layer.kwargs)[0]
+        heads, linear = mixer.last_output, mixer.last_linear.to(output.dtype)
+    finally:
+        mixer.record, mixer.last_output, mixer.last_linear = False, None, None
+    loss, error = _distance(heads, output, output.new_empty(0), layer, objective)
+    projected = attention.family.project_heads(attention, linear)  # type: ignore[union-attr, operator]
+    if objective == "hidden":
+        return loss + _apart(projected, layer).mean() * output.shape[-1] ** -0.5, error
+    return loss + normalised_error(linear, layer.heads), error
+
+
+def _apart(output: Tensor, layer: TeacherLayer) -> Tensor:
+    """|o - o*|_2 of every token [B, T], fp32."""
+    return (output.float() - layer.output.float()).norm(dim=-1)
+
+
+def _distance(
+    heads: Tensor, output: Tensor, weights: Tensor, layer: TeacherLayer, objective: str
+) -> tuple[Tensor, Tensor]:
+    if objective == "hidden":
+        distance = _apart(output, layer)
+        # As `normalised_error`, from what is there; heads need not agree where o_proj may be trained.
+        theirs = layer.output.float().square().sum(-1)
+        return distance.mean() * output.shape[-1] ** -0.5, _ratio(distance.detach().square(), theirs)
+    error = normalised_error(heads, layer.heads)
+    if objective == "output":
+        return error, error.detach()
+    assert layer.weights is not None
+    return -(layer.weights * weights.float().clamp_min(FLOOR).log()).sum(-1).mean(), error.detach()
