@@ -46,6 +46,8 @@ DROPOUTS = ("attention_dropout", "dropout", "layerdrop", "jitter_noise")
 DEAD_AFTER = 10
 DIVERGED = 4.0
 """Nats by which the running loss may exceed its lowest value."""
+WORSE = 2.0
+"""Of the first steps' mean loss, how many times of it the last ones' may be without a word."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -239,7 +241,20 @@ def finetune_model(
                 tensors = pack_state(stored, optimizer)
                 save(run, stage=shape.name, step=state.step, tensors=tensors, state=asdict(state))
             run.stop_if_interrupted()
+    if (complaint := ended_worse(state)) is not None:
+        progress.message(complaint)
     return state
+
+
+def ended_worse(state: StageState) -> str | None:
+    """What to say of a stage whose last steps lost far more than its first, or None."""
+    first, last = state.loss_first, state.loss_last
+    if first is None or last is None or last <= WORSE * first:
+        return None
+    return (
+        f"warning: finetuning ended worse than it began, its loss is {last:.3g} and was {first:.3g}; "
+        "lower finetune.mixer_lr, finetune.full_lr and finetune.lr, or take fewer finetune.tokens"
+    )
 
 
 def _take_in(

@@ -314,6 +314,17 @@ def test_a_loss_that_runs_away_is_an_error() -> None:
             module._take_in(state, 9.0, 0.0, Finetune(), 1.0, {}, step, hidden=False)
 
 
+def test_an_end_far_above_the_beginning_is_told() -> None:
+    state, finetune = StageState(), Finetune(ce=0.0, kl=1.0)
+    for step in range(40):
+        module._take_in(state, 0.0, 0.1 if step < 20 else 0.19, finetune, 1.0, {}, step, hidden=False)
+    assert module.ended_worse(state) is None
+    for step in range(40, 80):
+        module._take_in(state, 0.0, 0.9, finetune, 1.0, {}, step, hidden=False)
+    told = module.ended_worse(state)
+    assert told is not None and "its loss is 0.9 and was 0.1" in told and "finetune.mixer_lr" in told
+
+
 def test_steps_without_windows_stay_out_of_the_figures() -> None:
     state, parameters = StageState(), {}
     finetune = Finetune(ce=0.0, kl=1.0, window_dropout=0.5)
