@@ -12,7 +12,7 @@ import torch
 
 from linearize.convert import calibrate as module
 from linearize.convert import observe
-from linearize.convert.align import normalised_error, student_layer
+from linearize.convert.align_loss import normalised_error, student_layer
 from linearize.convert.calibrate import calibrate, propose, settle
 from linearize.convert.capture import TeacherLayer, captured
 from linearize.convert.observe import Observed, mixer_call, reach
