@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from linearize.recipe import list_recipes
+from linearize.recipe import list_recipes, load_recipe
 from linearize_cli.app import main
 
 
@@ -55,7 +55,7 @@ def test_models_texts_and_files(offered) -> None:
 
 
 def test_recipe_keys_with_their_values(offered) -> None:
-    assert offered("linearize convert demo out align.tok") == ["align.tokens=4500000"]
+    assert offered("linearize convert demo out align.tok") == [f"align.tokens={load_recipe('pure').align.tokens}"]
     assert offered("linearize convert demo out --recipe sliding-window align.tok") == ["align.tokens=0"]
     assert offered("linearize convert demo out --recipe nothing align.tok") == []
     assert "keep_softmax=none" in offered("linearize recipes validate lolcats k")
