@@ -107,8 +107,7 @@ class Tokens:
         if not spec.rope and rotation is not None and unrotate is not None:
             q, k = (unrotate(x, *rotation, backend=mixer.backend) for x in (q, k))
             rotation = None
-        # Own projections are the size of the teacher's, so they multiply in the dtype that those do.
-        q, k = mixer.linear_qk(q, k, self.inputs.to(self.q.dtype), rotation)
+        q, k = mixer.linear_qk(q, k, self.precise(self.inputs), rotation)
         return q.to(self.q.dtype), k.to(self.k.dtype)
 
     def gates(self, mixer: Mixer) -> tuple[Tensor | None, Tensor | None]:

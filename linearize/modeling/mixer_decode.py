@@ -88,7 +88,7 @@ def decode_token(
     partly = rotation is not None and rotation[0].shape[-1] != mixer.head_dim
     rule = step_rule(spec, mixer.head_dim, mixer.state_heads, mixer.scaling, rotation is not None and not partly)
     if spec.own_qk or (partly and not spec.rope and spec.write != "none"):
-        found = mixer.linear_qk(q.float(), k.float(), inputs, rotation)  # own projections in the model's dtype
+        found = mixer.linear_qk(q.float(), k.float(), inputs.float(), rotation)
         own = tuple(x.squeeze(2).contiguous() for x in found)
     weights = step_weights(mixer)
     if spec.decay == "channel":
