@@ -122,7 +122,7 @@ def unmapped(heads: tuple[int, int, int], length: int, size: int, width: int, *,
     [
         *((name, (4, 4, 2), 64, 256) for name in ("hedgehog_exp", "hedgehog_softmax", "learned_softmax", "crelu")),
         *((name, (4, 4, 2), 128, 64) for name in ("hedgehog_exp", "hedgehog_softmax", "crelu")),
-        # The recipe pure's: four query heads share a state, of 1024 features a sign.
+        # Four query heads share a state, of 1024 features a sign.
         *(("hedgehog_exp", (8, 2, 2), size, 1024) for size in (64, 128)),
     ],
 )
