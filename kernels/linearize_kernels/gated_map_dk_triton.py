@@ -2,7 +2,8 @@
 
     dphi_j = e^{G_last - G_j} (dS v_j + dz) + sum_i dP_ij phi(q_i)      dy = phi'(y) dphi, both signs together
 
-A softmax needs sum_f phi_f dphi_f of the whole row before any dy: a first launch finds the sums.
+A softmax needs sum_f phi_f dphi_f of the whole row, features at their floor apart, before any dy: a first launch finds
+the sums.
 """
 
 from typing import Any
@@ -13,7 +14,7 @@ import triton.language as tl
 
 from .backend import empty
 from .compiled import start
-from .gated_maps import MAP_POINTERS, SOFTMAXES, feature_tile, map_gate_constants, options, phi_grad
+from .gated_maps import MAP_POINTERS, SOFTMAXES, feature_tile, map_gate_constants, options, phi_grad, row_part
 from .gated_plan import Plan, gate_signature
 from .gated_tiles import chunk_span, product, row_decay, sum_before
 from .tuning import gated_map_chunk, gated_map_dk
@@ -94,7 +95,7 @@ def map_dk_kernel(
         grad += up if sign == 0 else down
         if SUMS:
             to = found + (tile.to(tl.int64) * part + at) * 2 + sign
-            tl.store(to, tl.sum(own * grad, 1), mask=live)
+            tl.store(to, row_part(own, grad), mask=live)
         else:
             other = own
             if MAP == "hedgehog_exp":

@@ -52,7 +52,7 @@ def phi(y, log_sum, MAP: tl.constexpr):
 def phi_grad(own, other, grad, along, MAP: tl.constexpr):
     """Gradient of y, which has its sign already, from that of its features.
 
-    own, other: features of this sign and of the other; along: a row's sum of features times their gradients (softmax).
+    own, other: features of this sign and of the other; along: a row's sum of `row_part` (softmax).
     """
     if MAP == "hedgehog_exp":
         return tl.where(tl.maximum(own, other) < EXP_INSIDE, own * grad, 0.0)
@@ -64,6 +64,16 @@ def phi_grad(own, other, grad, along, MAP: tl.constexpr):
         return tl.where(own > 0, grad, 0.0)
     else:
         return grad
+
+
+@triton.jit
+def row_part(own, grad):
+    """What some columns add to `along` of phi_grad, for each row: a feature at its floor has no slope.
+
+    Such features are tiny, yet their gradients need not be: where a query's codes are those of no key, its denominator
+    is as small as they are.
+    """
+    return tl.sum(tl.where(own > SOFTMAX_INSIDE, own * grad, 0.0), 1)
 
 
 @triton.jit

@@ -133,6 +133,21 @@ def test_exponents_stop_at_their_limit() -> None:
 
 
 @pytest.mark.usefixtures("interpreter")
+@pytest.mark.parametrize("name", ["hedgehog_softmax", "learned_softmax"])
+def test_features_at_their_floor_have_no_slope(name: str) -> None:
+    """A query whose codes are those of no key reads all keys by their floors: a gradient of a feature is then huge."""
+    x = made(name, heads=(2, 1, 1), length=6, width=32, norm=True, steep=3.0) | {"state": None}
+    place = torch.arange(32)
+    x["q_bias"] = torch.where(place < 16, 25.0, 0.0).double().expand(2, -1).clone()
+    x["k_bias"] = torch.where(place < 16, 0.0, 25.0).double().expand(1, -1).clone()
+    for of in ("q", "k"):
+        found = map_features(x[of], x[f"{of}_weight"], x[f"{of}_bias"], name)
+        assert ((found > 1e-12) & (found < 1e-9)).any() and (found == 1e-12).any()
+        assert not ((found > 1e-12) & (found < 1.02e-12)).any()  # which count as at the floor, as bfloat16 rounds them
+    compare(x, map=name, normaliser="own")
+
+
+@pytest.mark.usefixtures("interpreter")
 def test_packed_sequences_are_each_alone() -> None:
     x = made("hedgehog_exp", length=33, norm=True)
     x["state"] = x["state"].expand(3, -1, -1, -1) * torch.arange(1, 4)[:, None, None, None]
