@@ -117,6 +117,17 @@ def test_gradients_of_the_mixer_alone(name: str) -> None:
     assert_same_gradients(build(RECIPES[name]), build(RECIPES[name], "triton"), tokens(), frozen=True)
 
 
+@pytest.mark.parametrize("steep", [6.0, 12.0])
+@pytest.mark.parametrize("name", [name for name in SERVED if RECIPES[name].feature_map in LEARNED_MAPS])
+def test_maps_as_steep_as_training_makes_them(name: str, steep: float) -> None:
+    """Then most features lie at a floor or a limit, and so do some denominators."""
+    one, other = build(RECIPES[name]), build(RECIPES[name], "triton")
+    for mixer in (one, other):
+        mixer.q_map.weight.data *= steep
+        mixer.k_map.weight.data *= steep
+    assert_same_gradients(one, other, tokens())
+
+
 @pytest.mark.parametrize("branches", ["window", "linear"])
 @pytest.mark.parametrize("name", ["lolcats", "pure"])
 def test_one_branch_alone(name: str, branches: str) -> None:
