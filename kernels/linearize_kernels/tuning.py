@@ -53,7 +53,8 @@ def gated_out(
 
 def gated_prepare(capability: int, features: int, dtype: torch.dtype) -> dict[str, int]:
     """Feature tile, warps and stages of gated_channel_prepare_triton.prepare_kernel."""
-    return {"BF": _tile(features, 32), "num_warps": 4, "num_stages": 1}
+    wide = capability >= 90 and dtype != torch.float32
+    return {"BF": _tile(features, 64 if wide else 32), "num_warps": 4, "num_stages": 1}
 
 
 def gated_states(
@@ -61,11 +62,18 @@ def gated_states(
 ) -> dict[str, int]:
     """Value tile, warps and stages of gated_channel_scan_triton.states_kernel, forwards or in reverse.
 
-    programs: states that are scanned side by side; few of them are cut finer, to fill the card. In reverse two stages
-    of all that is read would leave room for one program on a multiprocessor.
+    programs: states that are scanned side by side; few of them are cut finer, to fill the card. In reverse more is
+    read, of which two stages leave room for several programs on a multiprocessor only where tiles are small.
     """
-    fine = features > 128 or programs < 66 or dtype == torch.float32
-    return {"BV": _tile(values, 32 if fine else 64), "num_warps": 4, "num_stages": 1 if reverse else 2}
+    large = features > 128 or dtype == torch.float32
+    if reverse:
+        staged = capability >= 90 and not large
+        return {
+            "BV": _tile(values, 32 if large or staged or programs < 66 else 64),
+            "num_warps": 4,
+            "num_stages": 1 + staged,
+        }
+    return {"BV": _tile(values, 32 if large or programs < 66 else 64), "num_warps": 4, "num_stages": 2}
 
 
 def gated_grads(capability: int, features: int, values: int, dtype: torch.dtype, *, mild: bool) -> dict[str, int]:
@@ -74,6 +82,20 @@ def gated_grads(capability: int, features: int, values: int, dtype: torch.dtype,
     Both have one tile: which of the two is meant is decided for a tile.
     """
     return {"BF": _tile(features, 32), "num_warps": 4 if mild and values <= 128 else 8, "num_stages": 1}
+
+
+def gated_grads_span(capability: int, programs: int, chunks: int) -> int:
+    """Chunks that a program of gated_channel_grads_triton.grads_kernel looks at that is for those that forget much.
+
+    programs: as many as there would be with a chunk each, `chunks` of a head. One that only looks, and leaves, keeps a
+    multiprocessor from others all the same: it has registers for the work.
+    """
+    if capability == 0:
+        return 4  # the interpreter: several, and one cut short
+    span = 1
+    while span < 32 and span < chunks and programs // (2 * span) >= 8 * 132:
+        span *= 2
+    return span
 
 
 def gated_at_hand(capability: int, dtype: torch.dtype, programs: int) -> bool:

@@ -25,23 +25,12 @@ from .window_linear_tiles import (
     load_matrix,
     load_part,
     load_rows,
+    load_state,
     project,
     project_across,
     store_columns,
     through_map,
 )
-
-
-@triton.jit
-def load_columns_of_state(states_ptr, at, first_n, D: tl.constexpr, BN: tl.constexpr, BF: tl.constexpr):
-    """One part of dS, turned: features by the BN values from first_n on."""
-    value = first_n + tl.arange(0, BN)
-    base = states_ptr + at * D * BF + value[:, None] * BF + tl.arange(0, BF)[None, :]
-    if D % BN == 0:
-        state = tl.load(base)
-    else:
-        state = tl.load(base, mask=(value < D)[:, None], other=0.0)
-    return tl.trans(state)
 
 
 @triton.jit
@@ -95,19 +84,20 @@ def across_queries(
     return weights
 
 
-@triton.jit(do_not_specialize=["T", "BLOCKS", "sinks"])
+@triton.jit(do_not_specialize=["T", "BLOCKS", "BASE", "SEGMENTS", "EACH", "sinks"])
 def value_states_kernel(
     k_ptr, xq_ptr, xk_ptr, do_ptr, q_weight_ptr, q_bias_ptr, k_weight_ptr, k_bias_ptr,
     states_ptr, row_scale_ptr, dv_ptr, table_ptr,
     s_kb, s_kh, s_kt, s_xqb, s_xqh, s_xqt, s_xkb, s_xkh, s_xkt, s_db, s_dh, s_dt, s_gb, s_gt,
-    T, BLOCKS, KEY_HEADS, sinks,
+    T, BLOCKS, BASE, SEGMENTS, EACH, KEY_HEADS, sinks,
     D: tl.constexpr, BD: tl.constexpr, BN: tl.constexpr, F: tl.constexpr, BF: tl.constexpr, PARTS: tl.constexpr,
     C: tl.constexpr, MAP: tl.constexpr, LAG: tl.constexpr,
-    KEYS: tl.constexpr, STATES: tl.constexpr, TABLE: tl.constexpr,
+    KEYS: tl.constexpr, STATES: tl.constexpr, CUT: tl.constexpr, TABLE: tl.constexpr,
 ):  # fmt: skip
     """One program: a block of one key head, BN channels of dv [B, T, HK, D]: the linear branch's part.
 
-    states: gradients of the states. KEYS: query heads a key head; STATES: query heads a state head, 1 or KEYS.
+    states: gradients of the states; CUT, BASE, SEGMENTS, EACH as in read_kernel. KEYS: query heads a key head; STATES:
+    query heads a state head, 1 or KEYS.
     """
     SLICES: tl.constexpr = (D + BN - 1) // BN
     index = tl.program_id(0)
@@ -115,7 +105,7 @@ def value_states_kernel(
     index = index // SLICES
     key_head = (index % KEY_HEADS).to(tl.int64)
     block = (index // KEY_HEADS).to(tl.int64)
-    row, low, high, number, _ = find_block(block, table_ptr, T, BLOCKS, TABLE)
+    row, low, high, number, sequence = find_block(block, table_ptr, T, BLOCKS, TABLE)
     if row < 0:
         return
     token = tl.arange(0, C)
@@ -123,6 +113,7 @@ def value_states_kernel(
     live = start + token < high
     written = live & (number * C + token >= sinks)
     first_t = start.to(tl.int64)
+    origin = (BASE + sequence * SEGMENTS + number // EACH).to(tl.int64)
     k = load_rows(k_ptr + row * s_kb + key_head * s_kh + first_t * s_kt, live, s_kt, D, BD, C)
     dv = tl.zeros([C, BN], tl.float32)
 
@@ -132,9 +123,10 @@ def value_states_kernel(
             state_head = head // STATES
             if STATES == 1:
                 at = (block * (KEY_HEADS * KEYS) + head) * PARTS
-                state = load_columns_of_state(states_ptr, at, first_n, D, BN, BF)
+                before_at = (origin * (KEY_HEADS * KEYS) + head) * PARTS
+                state = tl.trans(load_state(states_ptr, at, before_at, first_n, D, BN, BF, CUT))
                 if PARTS == 2:
-                    state_2 = load_columns_of_state(states_ptr, at + 1, first_n, D, BN, BF)
+                    state_2 = tl.trans(load_state(states_ptr, at + 1, before_at + 1, first_n, D, BN, BF, CUT))
             phi, phi_2 = key_features(
                 k, xk_ptr + row * s_xkb + state_head * s_xkh + first_t * s_xkt, k_weight_ptr, k_bias_ptr, state_head,
                 written, s_xkt, D, BD, F, BF, PARTS, C, MAP,
@@ -160,10 +152,11 @@ def value_states_kernel(
             written, s_xkt, D, BD, F, BF, PARTS, C, MAP,
         )  # fmt: skip
         at = (block * KEY_HEADS + key_head) * PARTS
-        state = load_columns_of_state(states_ptr, at, first_n, D, BN, BF)
+        before_at = (origin * KEY_HEADS + key_head) * PARTS
+        state = tl.trans(load_state(states_ptr, at, before_at, first_n, D, BN, BF, CUT))
         dv = tl.dot(phi.to(state.dtype), state, dv, input_precision="ieee")
         if PARTS == 2:
-            state = load_columns_of_state(states_ptr, at + 1, first_n, D, BN, BF)
+            state = tl.trans(load_state(states_ptr, at + 1, before_at + 1, first_n, D, BN, BF, CUT))
             dv = tl.dot(phi_2.to(state.dtype), state, dv, input_precision="ieee")
     store_columns(dv_ptr + row * s_gb + first_t * s_gt + key_head * D, dv, live, s_gt, first_n, D, BN, C)
 

@@ -17,7 +17,7 @@ from .window_linear_maps_triton import key_maps_kernel, query_maps_kernel, weigh
 from .window_linear_plan import Plan, cover
 from .window_linear_queries_triton import query_pairs_kernel
 from .window_linear_read_triton import read_kernel
-from .window_linear_scan_triton import scan_kernel
+from .window_linear_scan_triton import join_kernel, scan_kernel
 from .window_linear_sinks_triton import sink_pairs_kernel
 from .window_linear_tiles import LOG2E, MAP_CODES, MIX_CODES
 
@@ -95,12 +95,26 @@ def team_of(plan: Plan, x: Inputs, group: int) -> int:
     return found
 
 
+def segments_of(plan: Plan, device: torch.device, dtype: torch.dtype, count: int) -> tuple[int, int]:
+    """Into how many segments a scan over `count` sequences is cut, and blocks of each."""
+    table = tuning.window_linear_scan(capability(device), plan.channels, plan.tile, plan.chunk, dtype)
+    programs = count * plan.state_heads * plan.parts * -(-plan.channels // table["BV"])
+    segments = tuning.window_linear_segments(capability(device), programs, plan.blocks)
+    return segments, -(-(plan.blocks + 1) // segments)
+
+
+def cut_of(plan: Plan, x: Inputs) -> tuple[int, int, int]:
+    """What readers of states are told of the scan: row of the first segment's beginning, segments, blocks of each."""
+    return grid_blocks(plan, x), *segments_of(plan, x.q.device, x.q.dtype, x.count)
+
+
 def scan(
     plan: Plan, x: Inputs, *, grad: Maybe = None, row_scale: Maybe = None, row_mass: Maybe = None, last: bool = False
 ) -> tuple[torch.Tensor, torch.Tensor, Maybe, Maybe]:
     """States [G, S, parts, D, BF] and masses [G, S, parts, BF] at every block; with `grad` their gradients.
 
-    Also the state and mass after everything that left the window [N, S, parts, D, BF], float32, if `last`.
+    Of a scan in segments they are the segment's own, and N SEGMENTS rows follow: what each began with. Also the state
+    and mass after everything that left the window [N, S, parts, D, BF], float32, if `last`.
     """
     backwards = grad is not None
     group = plan.heads // plan.state_heads if backwards else 1
@@ -112,38 +126,38 @@ def scan(
     slices = -(-plan.channels // table["BV"])
     shape = (plan.state_heads, plan.parts, plan.channels, plan.tile)
     device, single = x.q.device, torch.float32
-    states = empty((grid_blocks(plan, x), *shape), dtype=x.q.dtype, device=device)
-    masses = empty((grid_blocks(plan, x), *shape[:2], plan.tile), dtype=single, device=device)
+    base, segments, each = cut_of(plan, x)
+    cut = segments > 1
+    rows = base + x.count * segments * cut
+    states = empty((rows, *shape), dtype=x.q.dtype, device=device)
+    masses = empty((rows, *shape[:2], plan.tile), dtype=single, device=device)
     ends: tuple[Maybe, ...] = (None, None)
     if last:
         ends = tuple(empty((x.count, *size), dtype=single, device=device) for size in (shape, (*shape[:2], plan.tile)))
     first = first_mass = None
     if x.first is not None and not backwards:
         first, first_mass = _unpacked(plan, x.first)
-    programs = x.count * plan.state_heads * plan.parts * slices
-    segments = tuning.window_linear_segments(capability(device), programs, plan.blocks)
-    each = -(-(plan.blocks + 1) // segments)
-    # In one segment they are never read, but Triton 3.6 compiles the loop over none all the same.
-    parts: tuple[torch.Tensor, ...] = (masses, masses)
-    if segments > 1:
+    parts: tuple[Maybe, ...] = (None, None)
+    if cut:
         held = x.count * segments
         parts = tuple(empty((held, *size), dtype=single, device=device) for size in (shape, (*shape[:2], plan.tile)))
-    for totals in (True, False) if segments > 1 else (False,):
-        start(x.found, scan_kernel, programs * (segments - totals), (
-            source, written, weight, bias, row_scale, row_mass,
-            None if totals else first, None if totals else first_mass, *parts,
-            states, masses, *((None, None) if totals else ends), x.sequences,
-            *strides(source), *strides(written),
-            plan.tokens, plan.blocks, segments, each, plan.state_heads, plan.heads,
-            0 if backwards or plan.lag == 1 else plan.sinks,
-        ), {
-            **sizes(plan), **features_of(plan), "LAG": plan.lag,
-            "SHARING": 1 if own_heads else plan.state_heads // plan.key_heads,
-            "V_SHARING": plan.state_heads // plan.key_heads, "GROUP": group,
-            "BACKWARDS": backwards, "TOTALS": totals, "FIRST": first is not None and not totals,
-            "LAST": last and not totals, "EVEN": even(plan, x) and not plan.sinks, "TABLE": x.sequences is not None,
-            **table,
-        })  # fmt: skip
+    traits = {"BACKWARDS": backwards, "LAST": last, "TABLE": x.sequences is not None, "LAG": plan.lag}
+    start(x.found, scan_kernel, x.count * segments * plan.state_heads * plan.parts * slices, (
+        source, written, weight, bias, row_scale, row_mass, first, first_mass, *parts,
+        states, masses, *ends, x.sequences, *strides(source), *strides(written),
+        plan.tokens, plan.blocks, segments, each, plan.state_heads, plan.heads,
+        0 if backwards or plan.lag == 1 else plan.sinks,
+    ), {
+        **sizes(plan), **features_of(plan), "SHARING": 1 if own_heads else plan.state_heads // plan.key_heads,
+        "V_SHARING": plan.state_heads // plan.key_heads, "GROUP": group, "CUT": cut, "FIRST": first is not None,
+        "EVEN": even(plan, x) and not plan.sinks, **traits, **table,
+    })  # fmt: skip
+    if cut:
+        table = tuning.window_linear_join(capability(device), plan.channels)
+        tiles = plan.state_heads * plan.parts
+        start(x.found, join_kernel, x.count * tiles * -(-plan.channels // table["BV"]), (
+            *parts, states, masses, *ends, x.sequences, plan.tokens, base, segments, each,
+        ), {"D": plan.channels, "BF": plan.tile, "C": plan.chunk, "TILES": tiles, **traits, **table})  # fmt: skip
     return states, masses, ends[0], ends[1]
 
 
@@ -159,17 +173,18 @@ def read(plan: Plan, x: Inputs, states: Maybe, masses: Maybe) -> tuple[torch.Ten
     table = tuned(plan, x.q, "read")
     slices = -(-plan.channels // table["BV"])
     team = team_of(plan, x, plan.heads // plan.key_heads)
+    cut = cut_of(plan, x) if states is not None else (0, 1, 1)
     start(x.found, read_kernel, grid_blocks(plan, x) * plan.heads // team * slices, (
         x.q, x.k, x.v, x.xq, x.xk, x.q_weight, x.q_bias, x.k_weight, x.k_bias,
         states, masses, x.near, x.sink_k, x.sink_v, out, peak, total, x.blocks,
         *strides(x.q), *strides(x.k), *strides(x.v), *strides(x.xq), *strides(x.xk), *_near_strides(x),
         out.stride(0), out.stride(1), *strides(x.sink_k), *strides(x.sink_v),
-        plan.tokens, plan.blocks, plan.heads, plan.scale * LOG2E.value, plan.window_weight, plan.sinks,
+        plan.tokens, plan.blocks, *cut, plan.heads, plan.scale * LOG2E.value, plan.window_weight, plan.sinks,
     ), {
         **sizes(plan), **features_of(plan), "LAG": plan.lag, "WINDOW": plan.window > 0, "MIX": MIX_CODES[plan.mix],
         "OWN": plan.own, "KEYS": plan.heads // plan.key_heads, "STATES": plan.heads // plan.state_heads,
-        "BZ": cover(plan.sinks) if plan.sinks else 0, "TEAM": team, "EVEN": even(plan, x),
-        "TABLE": x.blocks is not None, **table,
+        "BZ": cover(plan.sinks) if plan.sinks else 0, "TEAM": team, "CUT": cut[1] > 1,
+        "EVEN": even(plan, x), "TABLE": x.blocks is not None, **table,
     })  # fmt: skip
     return out.transpose(1, 2), peak, total
 
@@ -183,16 +198,16 @@ def query_maps(
     names = ("scale", "mass", "row", "shift")
     fresh = dict(zip(names, _gradient(plan, x, (len(names), *rows), torch.float32).unbind(0)))
     made = _gradient(plan, x, (*rows, plan.width), x.q.dtype)
-    laid = out.transpose(1, 2)
+    laid, cut = out.transpose(1, 2), cut_of(plan, x)
     start(x.found, query_maps_kernel, grid_blocks(plan, x) * plan.heads, (
         x.xq, x.xk, x.v, grad, laid, x.q_weight, x.q_bias, x.k_weight, x.k_bias, states, masses, x.near, peak, total,
         made, fresh["scale"], fresh["mass"], fresh["row"], fresh["shift"], x.blocks,
         *strides(x.xq), *strides(x.xk), *strides(x.v), *strides(grad), laid.stride(0), laid.stride(1),
-        *_near_strides(x), plan.tokens, plan.blocks, plan.heads, plan.window_weight,
+        *_near_strides(x), plan.tokens, plan.blocks, *cut, plan.heads, plan.window_weight,
     ), {
         **sizes(plan), **features_of(plan), "LAG": plan.lag, "WINDOW": plan.window > 0, "MIX": MIX_CODES[plan.mix],
         "OWN": plan.own, "KEYS": plan.heads // plan.key_heads, "STATES": plan.heads // plan.state_heads, "ALONE": alone,
-        "EVEN": even(plan, x), "TABLE": x.blocks is not None, **tuned(plan, x.q, "maps"),
+        "CUT": cut[1] > 1, "EVEN": even(plan, x), "TABLE": x.blocks is not None, **tuned(plan, x.q, "maps"),
     })  # fmt: skip
     return fresh | {"dy": made}
 
@@ -203,13 +218,15 @@ def key_maps(
 ) -> torch.Tensor:  # fmt: skip
     """dy of the keys [B, S, T, F], from the gradients of the states."""
     made = _gradient(plan, x, (plan.batch, plan.state_heads, plan.tokens, plan.width), x.q.dtype)
+    cut = cut_of(plan, x)
     start(x.found, key_maps_kernel, grid_blocks(plan, x) * plan.state_heads, (
         x.xq, x.xk, x.v, grad, x.q_weight, x.q_bias, x.k_weight, x.k_bias, states, masses, rows["scale"], rows["mass"],
         made, x.blocks, *strides(x.xq), *strides(x.xk), *strides(x.v), *strides(grad),
-        plan.tokens, plan.blocks, plan.state_heads, plan.sinks if plan.lag == 2 else 0,
+        plan.tokens, plan.blocks, *cut, plan.state_heads, plan.sinks if plan.lag == 2 else 0,
     ), {
         **sizes(plan), **features_of(plan), "LAG": plan.lag, "SHARING": plan.state_heads // plan.key_heads,
-        "STATES": plan.heads // plan.state_heads, "TABLE": x.blocks is not None, **tuned(plan, x.q, "maps"),
+        "STATES": plan.heads // plan.state_heads, "CUT": cut[1] > 1, "TABLE": x.blocks is not None,
+        **tuned(plan, x.q, "maps"),
     })  # fmt: skip
     return made
 
@@ -222,12 +239,13 @@ def far_keys(
     sharing = plan.state_heads // plan.key_heads
     team = sharing if values else team_of(plan, x, sharing)
     dv = _heads_last(plan, x, plan.key_heads) if values else None
+    cut = cut_of(plan, x)
     start(x.found, far_keys_kernel, grid_blocks(plan, x) * plan.state_heads // team, (
         x.xk, x.v, x.k_weight, x.k_bias, states, masses, made, dv, x.blocks, *strides(x.xk), *strides(x.v),
-        *((0, 0) if dv is None else dv.stride()[:2]), plan.tokens, plan.blocks, plan.state_heads, plan.sinks,
+        *((0, 0) if dv is None else dv.stride()[:2]), plan.tokens, plan.blocks, *cut, plan.state_heads, plan.sinks,
     ), {
         **sizes(plan), **features_of(plan), "SHARING": sharing, "TEAM": team, "VALUES": values,
-        "EVEN": even(plan, x), "TABLE": x.blocks is not None,
+        "CUT": cut[1] > 1, "EVEN": even(plan, x), "TABLE": x.blocks is not None,
         **tuned(plan, x.q, "far", alone=even(plan, x) and not values),
     })  # fmt: skip
     return made, dv
@@ -296,23 +314,24 @@ def key_pairs(
     shared = sizes(plan) | {
         "KEYS": plan.heads // plan.key_heads, "STATES": states_each, "TABLE": x.blocks is not None,
     }  # fmt: skip
-    ends = (dk.stride(0), dk.stride(1), plan.tokens, plan.blocks, plan.key_heads)
+    ends = (dk.stride(0), dk.stride(1), plan.tokens, plan.blocks)
     if dv is None:
         dv = _heads_last(plan, x, plan.key_heads)
         if plan.map != "none":
             table = tuned(plan, x.q, "values")
-            slices = -(-plan.channels // table["BN"])
+            slices, cut = -(-plan.channels // table["BN"]), cut_of(plan, x)
             start(x.found, value_states_kernel, grid_blocks(plan, x) * plan.key_heads * slices, (
                 x.k, x.xq, x.xk, grad, x.q_weight, x.q_bias, x.k_weight, x.k_bias, states, rows.get("scale"), dv,
-                x.blocks, *strides(x.k), *strides(x.xq), *strides(x.xk), *strides(grad), *ends,
+                x.blocks, *strides(x.k), *strides(x.xq), *strides(x.xk), *strides(grad), *ends, *cut, plan.key_heads,
                 plan.sinks if plan.lag == 2 else 0,
-            ), {**shared, **codes, "LAG": plan.lag, **table})  # fmt: skip
+            ), {**shared, **codes, "LAG": plan.lag, "CUT": cut[1] > 1, **table})  # fmt: skip
     table = tuned(plan, x.q, "keys", even=even(plan, x))
     slices = -(-plan.channels // table["BN"])
     start(x.found, key_pairs_kernel, grid_blocks(plan, x) * plan.key_heads * slices, (
         x.q, x.k, x.v, grad, made, x.k_weight,
         rows.get("level"), rows.get("row"), rows.get("shift"), rows.get("pick"), dk, dv, x.blocks,
-        *strides(x.q), *strides(x.k), *strides(x.v), *strides(grad), *ends, plan.scale * LOG2E.value,
+        *strides(x.q), *strides(x.k), *strides(x.v), *strides(grad), *ends, plan.key_heads,
+        plan.scale * LOG2E.value,
     ), {
         **shared, **{name: codes[name] for name in ("F", "BF", "MAP")}, "WINDOW": plan.window > 0,
         "MIX": MIX_CODES[plan.mix], "EVEN": even(plan, x), **table,

@@ -25,9 +25,11 @@ from .window_linear_tiles import (
     features_backward,
     find_block,
     gate_case,
+    load_mass,
     load_matrix,
     load_part,
     load_rows,
+    load_state,
     project,
     store_rows,
     window_share,
@@ -35,10 +37,12 @@ from .window_linear_tiles import (
 
 
 @triton.jit
-def against_states(rows, states_ptr, masses_ptr, at, D: tl.constexpr, BD: tl.constexpr, BF: tl.constexpr):
+def against_states(
+    rows, states_ptr, masses_ptr, at, before, D: tl.constexpr, BD: tl.constexpr, BF: tl.constexpr, CUT: tl.constexpr
+):  # fmt: skip
     """[C, BD] times one part's state [BD, BF], and its mass [BF]."""
-    state = load_matrix(states_ptr + at * D * BF, BF, D, BD, BF, BF)
-    mass = tl.load(masses_ptr + at * BF + tl.arange(0, BF))
+    state = load_state(states_ptr, at, before, 0, D, BD, BF, CUT)
+    mass = load_mass(masses_ptr, at, before, BF, CUT)
     return tl.dot(rows.to(state.dtype), state, input_precision="ieee"), mass
 
 
@@ -74,12 +78,12 @@ def numbered_features(
 
 @triton.jit
 def query_part(
-    y, yk, do, pairs, causal, x_base, xk_base, states_ptr, masses_ptr, at, live, s_xqt, s_xkt, part,
+    y, yk, do, pairs, causal, x_base, xk_base, states_ptr, masses_ptr, at, before, live, s_xqt, s_xkt, part,
     D: tl.constexpr, BD: tl.constexpr, F: tl.constexpr, BF: tl.constexpr, C: tl.constexpr,
-    MAP: tl.constexpr, LAG: tl.constexpr,
+    MAP: tl.constexpr, LAG: tl.constexpr, CUT: tl.constexpr,
 ):  # fmt: skip
     """One part of phi(q), of S do, and of the keys' sum up to each row, which e multiplies."""
-    du, mass = against_states(do, states_ptr, masses_ptr, at + part, D, BD, BF)
+    du, mass = against_states(do, states_ptr, masses_ptr, at + part, before + part, D, BD, BF, CUT)
     phi = numbered_features(y, x_base, live, s_xqt, part, F, BF, C, MAP)
     below = mass[None, :]
     if LAG == 1:
@@ -91,15 +95,15 @@ def query_part(
 
 @triton.jit
 def query_gradient(
-    r, dy, factor, weigh, y, yk, do, pairs, causal, x_base, xk_base, states_ptr, masses_ptr, dy_base, at, live, s_xqt,
-    s_xkt, part,
+    r, dy, factor, weigh, y, yk, do, pairs, causal, x_base, xk_base, states_ptr, masses_ptr, dy_base, at, before, live,
+    s_xqt, s_xkt, part,
     D: tl.constexpr, BD: tl.constexpr, F: tl.constexpr, BF: tl.constexpr, C: tl.constexpr,
-    MAP: tl.constexpr, LAG: tl.constexpr,
+    MAP: tl.constexpr, LAG: tl.constexpr, CUT: tl.constexpr,
 ):  # fmt: skip
     """Add one part to r [C] and dy [C, BF]; gradients of features that the caller gave are stored."""
     phi, du, below = query_part(
-        y, yk, do, pairs, causal, x_base, xk_base, states_ptr, masses_ptr, at, live, s_xqt, s_xkt, part,
-        D, BD, F, BF, C, MAP, LAG,
+        y, yk, do, pairs, causal, x_base, xk_base, states_ptr, masses_ptr, at, before, live, s_xqt, s_xkt, part,
+        D, BD, F, BF, C, MAP, LAG, CUT,
     )  # fmt: skip
     dphi = factor[:, None] * (du - weigh[:, None] * below)
     r -= tl.sum(phi * dphi, 1)
@@ -113,27 +117,28 @@ def query_gradient(
     return r, dy
 
 
-@triton.jit(do_not_specialize=["T", "BLOCKS"])
+@triton.jit(do_not_specialize=["T", "BLOCKS", "BASE", "SEGMENTS", "EACH"])
 def query_maps_kernel(
     xq_ptr, xk_ptr, v_ptr, do_ptr, out_ptr, q_weight_ptr, q_bias_ptr, k_weight_ptr, k_bias_ptr,
     states_ptr, masses_ptr, near_ptr, peak_ptr, total_ptr,
     dy_ptr, row_scale_ptr, row_mass_ptr, row_ptr, shift_ptr, table_ptr,
     s_xqb, s_xqh, s_xqt, s_xkb, s_xkh, s_xkt, s_vb, s_vh, s_vt, s_db, s_dh, s_dt, s_ob, s_ot, s_nb, s_nh, s_nt,
-    T, BLOCKS, HEADS, window_weight,
+    T, BLOCKS, BASE, SEGMENTS, EACH, HEADS, window_weight,
     D: tl.constexpr, BD: tl.constexpr, F: tl.constexpr, BF: tl.constexpr, PARTS: tl.constexpr,
     C: tl.constexpr, MAP: tl.constexpr, LAG: tl.constexpr, WINDOW: tl.constexpr, MIX: tl.constexpr, OWN: tl.constexpr,
-    KEYS: tl.constexpr, STATES: tl.constexpr, ALONE: tl.constexpr, EVEN: tl.constexpr, TABLE: tl.constexpr,
+    KEYS: tl.constexpr, STATES: tl.constexpr, ALONE: tl.constexpr, CUT: tl.constexpr, EVEN: tl.constexpr,
+    TABLE: tl.constexpr,
 ):  # fmt: skip
     """One program: a block of queries of one head. Writes dy [B, H, T, F] and, for each row,
 
     row_scale = d, row_mass = d e (what the state's gradient needs), shift = do.o (shared denominator), and in row:
     r (shared), the gradient of the gate or mass (ALONE: no window kernel follows), else do.o of the linear branch.
-    EVEN: every sequence has whole blocks.
+    EVEN: every sequence has whole blocks. CUT, BASE, SEGMENTS, EACH: as in read_kernel.
     """
     index = tl.program_id(0)
     head = index % HEADS
     block = (index // HEADS).to(tl.int64)
-    row, low, high, number, _ = find_block(block, table_ptr, T, BLOCKS, TABLE)
+    row, low, high, number, sequence = find_block(block, table_ptr, T, BLOCKS, TABLE)
     if row < 0:
         return
     token = tl.arange(0, C)
@@ -147,6 +152,8 @@ def query_maps_kernel(
     key_head = (head // KEYS).to(tl.int64)
     state_head = (head // STATES).to(tl.int64)
     at = (block * (HEADS // STATES) + state_head) * PARTS
+    origin = (BASE + sequence * SEGMENTS + number // EACH).to(tl.int64)
+    before_at = (origin * (HEADS // STATES) + state_head) * PARTS
     at_row = (row * HEADS + wide) * T + start + token
 
     do = load_rows(do_ptr + row * s_db + wide * s_dh + first_t * s_dt, live, s_dt, D, BD, C)
@@ -187,15 +194,15 @@ def query_maps_kernel(
         if LAG == 2:
             for part in tl.range(0, PARTS, num_stages=1, disable_licm=True):
                 phi, du, _keys = query_part(
-                    y, yk, do, pairs, causal, x_base, xk_base, states_ptr, masses_ptr, at, live, s_xqt, s_xkt, part,
-                    D, BD, F, BF, C, MAP, LAG,
+                    y, yk, do, pairs, causal, x_base, xk_base, states_ptr, masses_ptr, at, before_at, live, s_xqt,
+                    s_xkt, part, D, BD, F, BF, C, MAP, LAG, CUT,
                 )  # fmt: skip
                 got += tl.sum(phi * du, 1)
         else:
             for part in tl.static_range(PARTS):
                 phi, du, _keys = query_part(
-                    y, yk, do, pairs, causal, x_base, xk_base, states_ptr, masses_ptr, at, live, s_xqt, s_xkt, part,
-                    D, BD, F, BF, C, MAP, LAG,
+                    y, yk, do, pairs, causal, x_base, xk_base, states_ptr, masses_ptr, at, before_at, live, s_xqt,
+                    s_xkt, part, D, BD, F, BF, C, MAP, LAG, CUT,
                 )  # fmt: skip
                 got += tl.sum(phi * du, 1)
         if OWN:
@@ -222,13 +229,13 @@ def query_maps_kernel(
         for part in tl.range(0, PARTS, num_stages=1, disable_licm=True):
             r, dy = query_gradient(
                 r, dy, factor, weigh, y, yk, do, pairs, causal, x_base, xk_base, states_ptr, masses_ptr, dy_base, at,
-                live, s_xqt, s_xkt, part, D, BD, F, BF, C, MAP, LAG,
+                before_at, live, s_xqt, s_xkt, part, D, BD, F, BF, C, MAP, LAG, CUT,
             )  # fmt: skip
     else:
         for part in tl.static_range(PARTS):
             r, dy = query_gradient(
                 r, dy, factor, weigh, y, yk, do, pairs, causal, x_base, xk_base, states_ptr, masses_ptr, dy_base, at,
-                live, s_xqt, s_xkt, part, D, BD, F, BF, C, MAP, LAG,
+                before_at, live, s_xqt, s_xkt, part, D, BD, F, BF, C, MAP, LAG, CUT,
             )  # fmt: skip
     if WINDOW and MIX == SHARED:
         tl.store(row_ptr + at_row, r, mask=live)
@@ -236,24 +243,25 @@ def query_maps_kernel(
         store_rows(dy_base, dy, live, F, F, BF, C)
 
 
-@triton.jit(do_not_specialize=["T", "BLOCKS", "sinks"])
+@triton.jit(do_not_specialize=["T", "BLOCKS", "BASE", "SEGMENTS", "EACH", "sinks"])
 def key_maps_kernel(
     xq_ptr, xk_ptr, v_ptr, do_ptr, q_weight_ptr, q_bias_ptr, k_weight_ptr, k_bias_ptr,
     states_ptr, masses_ptr, row_scale_ptr, row_mass_ptr, dy_ptr, table_ptr,
     s_xqb, s_xqh, s_xqt, s_xkb, s_xkh, s_xkt, s_vb, s_vh, s_vt, s_db, s_dh, s_dt,
-    T, BLOCKS, STATE_HEADS, sinks,
+    T, BLOCKS, BASE, SEGMENTS, EACH, STATE_HEADS, sinks,
     D: tl.constexpr, BD: tl.constexpr, F: tl.constexpr, BF: tl.constexpr, PARTS: tl.constexpr,
     C: tl.constexpr, MAP: tl.constexpr, LAG: tl.constexpr, SHARING: tl.constexpr, STATES: tl.constexpr,
-    TABLE: tl.constexpr,
+    CUT: tl.constexpr, TABLE: tl.constexpr,
 ):  # fmt: skip
     """One program: a block of keys of one state head; writes dy [B, S, T, F].
 
-    states, masses: gradients. SHARING: state heads a key head; STATES: query heads a state head.
+    states, masses: gradients; CUT, BASE, SEGMENTS, EACH as in read_kernel. SHARING: state heads a key head; STATES:
+    query heads a state head.
     """
     index = tl.program_id(0)
     head = index % STATE_HEADS
     block = (index // STATE_HEADS).to(tl.int64)
-    row, low, high, number, _ = find_block(block, table_ptr, T, BLOCKS, TABLE)
+    row, low, high, number, sequence = find_block(block, table_ptr, T, BLOCKS, TABLE)
     if row < 0:
         return
     token = tl.arange(0, C)
@@ -263,6 +271,7 @@ def key_maps_kernel(
     first_t = start.to(tl.int64)
     key_head = (head // SHARING).to(tl.int64)
     at = (block * STATE_HEADS + wide) * PARTS
+    before_at = ((BASE + sequence * SEGMENTS + number // EACH).to(tl.int64) * STATE_HEADS + wide) * PARTS
 
     v = load_rows(v_ptr + row * s_vb + key_head * s_vh + first_t * s_vt, live, s_vt, D, BD, C)
     if MAP == PRECOMPUTED:
@@ -280,10 +289,10 @@ def key_maps_kernel(
         phi = features(y, MAP, F, BF, 1)
         if PARTS == 2:
             phi_2 = features(-y, MAP, F, BF, 1)
-    dphi, mass = against_states(v, states_ptr, masses_ptr, at, D, BD, BF)
+    dphi, mass = against_states(v, states_ptr, masses_ptr, at, before_at, D, BD, BF, CUT)
     dphi -= mass[None, :]
     if PARTS == 2:
-        dphi_2, mass = against_states(v, states_ptr, masses_ptr, at + 1, D, BD, BF)
+        dphi_2, mass = against_states(v, states_ptr, masses_ptr, at + 1, before_at + 1, D, BD, BF, CUT)
         dphi_2 -= mass[None, :]
     if LAG == 1:
         for member in range(0, STATES):
@@ -367,6 +376,7 @@ def gate_cases(arch: int = 90):  # type: ignore[no-untyped-def]
     weights = tuning.window_linear_weights(arch, 128, 64, 64, torch.bfloat16)
     return [
         gate_case(query_maps_kernel, rows, "queries, shared mix"),
+        gate_case(query_maps_kernel, rows, "queries, shared mix, scan in segments", CUT=True),
         gate_case(query_maps_kernel, rows, "queries, mix by mass", MIX=3, ALONE=False),
         gate_case(key_maps_kernel, rows, "keys"),
         gate_case(weight_grad_kernel, weights, "weights"),

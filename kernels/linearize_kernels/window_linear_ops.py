@@ -111,7 +111,10 @@ def _(q, k, v, q_weight, k_weight, q_bias, k_bias, fq, fk, near, sink_k, sink_v,
     every = batch * plan.blocks if blocks is None else blocks.shape[0]
     rows = q.new_empty((batch, heads, tokens), dtype=torch.float32)
     final = (count, state_heads, plan.features, channels + 1) if last and map != "none" else (0,)
-    tiles = (every, state_heads, plan.parts, channels, plan.tile) if keep and map != "none" else (0,)
+    tiles: tuple[int, ...] = (0,)
+    if keep and map != "none":
+        segments, _each = launch.segments_of(plan, q.device, q.dtype, count)
+        tiles = (every + count * segments * (segments > 1), state_heads, plan.parts, channels, plan.tile)
     return (
         q.new_empty((batch, tokens, heads, channels)).transpose(1, 2),
         rows,

@@ -23,8 +23,10 @@ from .window_linear_tiles import (
     features,
     find_block,
     gate_case,
+    load_mass,
     load_matrix,
     load_rows,
+    load_state,
     project,
     project_across,
     window_share,
@@ -32,15 +34,17 @@ from .window_linear_tiles import (
 
 
 @triton.jit
-def load_state(states_ptr, at, first_v, D: tl.constexpr, BV: tl.constexpr, BF: tl.constexpr):
-    """One part's state, BV values by BF features."""
-    value = first_v + tl.arange(0, BV)
-    from_state = states_ptr + at * D * BF + value[:, None] * BF + tl.arange(0, BF)[None, :]
-    if D % BV == 0:
-        state = tl.load(from_state)
-    else:
-        state = tl.load(from_state, mask=(value < D)[:, None], other=0.0)
-    return state
+def add_begun(
+    acc, phi, phi_2, states_ptr, before_at, first_v, D: tl.constexpr, BV: tl.constexpr, BF: tl.constexpr,
+    PARTS: tl.constexpr,
+):  # fmt: skip
+    """acc [C, BV] and what the rows read of the state that their segment began with."""
+    state = load_state(states_ptr, before_at, before_at, first_v, D, BV, BF, False)
+    acc = tl.dot(phi, tl.trans(state), acc, input_precision="ieee")
+    if PARTS == 2:
+        state_2 = load_state(states_ptr, before_at + 1, before_at, first_v, D, BV, BF, False)
+        acc = tl.dot(phi_2, tl.trans(state_2), acc, input_precision="ieee")
+    return acc
 
 
 @triton.jit
@@ -71,23 +75,24 @@ def pairs_of(
     return tl.where(token[:, None] >= token[None, :], weights, 0.0)
 
 
-@triton.jit(do_not_specialize=["T", "BLOCKS", "sinks"])
+@triton.jit(do_not_specialize=["T", "BLOCKS", "BASE", "SEGMENTS", "EACH", "sinks"])
 def read_kernel(
     q_ptr, k_ptr, v_ptr, xq_ptr, xk_ptr, q_weight_ptr, q_bias_ptr, k_weight_ptr, k_bias_ptr,
     states_ptr, masses_ptr, near_ptr, sink_k_ptr, sink_v_ptr, out_ptr, peak_ptr, total_ptr, table_ptr,
     s_qb, s_qh, s_qt, s_kb, s_kh, s_kt, s_vb, s_vh, s_vt, s_xqb, s_xqh, s_xqt, s_xkb, s_xkh, s_xkt, s_nb, s_nh, s_nt,
     s_ob, s_ot, s_ksb, s_ksh, s_kst, s_vsb, s_vsh, s_vst,
-    T, BLOCKS, HEADS, scale, window_weight, sinks,
+    T, BLOCKS, BASE, SEGMENTS, EACH, HEADS, scale, window_weight, sinks,
     D: tl.constexpr, BD: tl.constexpr, BV: tl.constexpr, F: tl.constexpr, BF: tl.constexpr, PARTS: tl.constexpr,
     C: tl.constexpr, MAP: tl.constexpr, LAG: tl.constexpr, WINDOW: tl.constexpr, MIX: tl.constexpr, OWN: tl.constexpr,
     KEYS: tl.constexpr, STATES: tl.constexpr, BZ: tl.constexpr, TEAM: tl.constexpr,
-    EVEN: tl.constexpr, TABLE: tl.constexpr, PREFETCH: tl.constexpr,
+    CUT: tl.constexpr, EVEN: tl.constexpr, TABLE: tl.constexpr, PREFETCH: tl.constexpr,
 ):  # fmt: skip
     """One program: a block of queries of TEAM heads that share keys, BV values.
 
     KEYS, STATES: query heads a key head, a state head. xq, xk: what features are made of (q and k themselves, or
-    features). near: gamma [H], gates or masses. EVEN: every sequence has whole blocks. PREFETCH: ask for the next
-    head's tiles while at work on one.
+    features). near: gamma [H], gates or masses. CUT: the scan was cut; row BASE + SEGMENTS sequence + number // EACH
+    of states and masses is to be added (zero in the first segment). EVEN: every sequence has whole blocks. PREFETCH:
+    ask for the next head's tiles while at work on one.
     """
     VALUES: tl.constexpr = (D + BV - 1) // BV
     # Under one denominator gamma is taken into the exponent, and rows are divided by their sum at the end.
@@ -112,6 +117,7 @@ def read_kernel(
     inside_v = (value < D)[None, :]
     key_head = (team * TEAM // KEYS).to(tl.int64)
     first_t = start.to(tl.int64)
+    origin = (BASE + sequence * SEGMENTS + number // EACH).to(tl.int64)
     if PREFETCH and MAP != NO_MAP:
         nearest = block * (HEADS // STATES) + team * TEAM // STATES
         ask_for(states_ptr + nearest * PARTS * D * BF, PARTS * D * BF)
@@ -137,7 +143,7 @@ def read_kernel(
         if PREFETCH and MAP != NO_MAP:
             ahead = tl.minimum(wide + 1, (team + 1) * TEAM - 1)
             ask_for(states_ptr + (block * (HEADS // STATES) + ahead // STATES) * PARTS * D * BF, PARTS * D * BF)
-            if WINDOW:
+            if WINDOW and not CUT:  # registers are too few for both, or what is asked for comes too early
                 ask_for_rows(q_ptr + row * s_qb + ahead * s_qh + first_t * s_qt, live, s_qt, D, BD, C)
         far = tl.zeros([C], tl.float32)  # the linear branch's sum of weights
         if WINDOW:
@@ -145,10 +151,10 @@ def read_kernel(
         if MAP != NO_MAP:
             state_head = wide // STATES
             at = (block * (HEADS // STATES) + state_head) * PARTS
-            feature = tl.arange(0, BF)
-            mass = tl.load(masses_ptr + at * BF + feature)
+            before_at = (origin * (HEADS // STATES) + state_head) * PARTS
+            mass = load_mass(masses_ptr, at, before_at, BF, CUT)
             if PARTS == 2:
-                mass_2 = tl.load(masses_ptr + (at + 1) * BF + feature)
+                mass_2 = load_mass(masses_ptr, at + 1, before_at + 1, BF, CUT)
             x_base = xq_ptr + row * s_xqb + wide * s_xqh + first_t * s_xqt
             if MAP == PRECOMPUTED:
                 phi = load_rows(x_base, live, s_xqt, min(F, BF), BF, C).to(tl.float32)
@@ -257,14 +263,17 @@ def read_kernel(
 
         acc = tl.zeros([C, BV], tl.float32)
         if MAP != NO_MAP:
-            state = load_state(states_ptr, at, first_v, D, BV, BF)
+            state = load_state(states_ptr, at, before_at, first_v, D, BV, BF, False)
             if PARTS == 2:
-                state_2 = load_state(states_ptr, at + 1, first_v, D, BV, BF)
+                state_2 = load_state(states_ptr, at + 1, before_at, first_v, D, BV, BF, False)
         if MAP != NO_MAP:
             acc = tl.dot(phi, tl.trans(state), acc, input_precision="ieee")
             if PARTS == 2:
                 acc = tl.dot(phi_2, tl.trans(state_2), acc, input_precision="ieee")
             if not ONE:
+                if CUT:  # noqa: SIM102 - the first is known when it is compiled
+                    if number >= EACH:
+                        acc = add_begun(acc, phi, phi_2, states_ptr, before_at, first_v, D, BV, BF, PARTS)
                 acc = acc * linear[:, None]
         if WINDOW or LAG == 1:
             acc = tl.dot(own, v, acc, input_precision="ieee")
@@ -275,6 +284,9 @@ def read_kernel(
                 first = first * factor[:, None]
             acc = tl.dot(first.to(v_sink.dtype), v_sink, acc, input_precision="ieee")
         if ONE:
+            if CUT:  # noqa: SIM102 - last, where registers are no longer scarce
+                if number >= EACH:
+                    acc = add_begun(acc, phi, phi_2, states_ptr, before_at, first_v, D, BV, BF, PARTS)
             acc = acc * linear[:, None]
 
         out = out_ptr + row * s_ob + first_t * s_ot + wide * D + token[:, None] * s_ot + value[None, :]
@@ -295,6 +307,7 @@ def gate_cases(arch: int = 90):  # type: ignore[no-untyped-def]
     small = tuning.window_linear_read(arch, 64, 64, 64, torch.bfloat16)
     return [
         gate_case(read_kernel, rows, "shared mix", absent=sinks, TEAM=team),
+        gate_case(read_kernel, rows, "shared mix, scan in segments", absent=sinks, TEAM=team, CUT=True),
         gate_case(read_kernel, rows, "shared mix, blocks cut short", absent=sinks, EVEN=False, TEAM=team),
         gate_case(read_kernel, small, "mix by mass, sinks, head of 64", MIX=3, D=64, BD=64, BZ=16, TEAM=team),
         gate_case(read_kernel, rows, "window alone", absent=sinks, MAP=5, MIX=1, TEAM=team),

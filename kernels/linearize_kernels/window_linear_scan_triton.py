@@ -2,8 +2,9 @@
 
 Run forwards over keys and values it makes the memory that queries read; run backwards over queries and the gradient of
 the output it makes the gradient that every key and value receives (the same sum, from the other end). A state is kept
-transposed, values by features, so that features are always the columns of a tile. Long sequences are cut into
-segments: one pass adds up each segment, a second starts every segment from the sum of those before it.
+transposed, values by features, so that features are always the columns of a tile. Where that makes too few programs,
+sequences are cut into segments: each begins at zero, and readers add what it should have begun with, the sum of the
+segments before it. Those sums lie behind the blocks' states.
 """
 
 import torch
@@ -40,6 +41,56 @@ def put_state(
         tl.store(masses_ptr + at * BF + tl.arange(0, BF), mass)
 
 
+@triton.jit
+def bounds(sequence, sequences_ptr, T, TABLE: tl.constexpr):
+    """First token and end of a sequence."""
+    if TABLE:
+        low = tl.load(sequences_ptr + sequence * 4 + 1)
+        high = tl.load(sequences_ptr + sequence * 4 + 2)
+    else:
+        low = sequence * 0
+        high = low + T
+    return low, high
+
+
+@triton.jit(do_not_specialize=["T", "BASE", "SEGMENTS", "PER_SEGMENT"])
+def join_kernel(
+    part_ptr, part_mass_ptr, states_ptr, masses_ptr, last_ptr, last_mass_ptr, sequences_ptr,
+    T, BASE, SEGMENTS, PER_SEGMENT,
+    D: tl.constexpr, BV: tl.constexpr, BF: tl.constexpr, C: tl.constexpr, LAG: tl.constexpr, TILES: tl.constexpr,
+    BACKWARDS: tl.constexpr, LAST: tl.constexpr, TABLE: tl.constexpr,
+):  # fmt: skip
+    """One program: BV values of one part of one state head, one sequence. What each segment should have begun with.
+
+    part, part_mass: sums of the segments. Written to rows BASE + segment of states and masses; LAST: and added to last,
+    which has the segment's own sum. TILES: state heads times parts.
+    """
+    VALUES: tl.constexpr = (D + BV - 1) // BV
+    index = tl.program_id(0)
+    slice_v = index % VALUES
+    index = index // VALUES
+    one = index % TILES
+    sequence = (index // TILES).to(tl.int64)
+    value = slice_v * BV + tl.arange(0, BV)
+    inside_v = value < D
+    tile = value[:, None] * BF + tl.arange(0, BF)[None, :]
+    low, high = bounds(sequence, sequences_ptr, T, TABLE)
+    final = ((high - low) // C if LAG == 2 else (high - low + C - 1) // C) // PER_SEGMENT
+    state = tl.zeros([BV, BF], tl.float32)
+    mass = tl.zeros([BF], tl.float32)
+    for step in range(0, SEGMENTS):
+        segment = SEGMENTS - 1 - step if BACKWARDS else step
+        at = (sequence * SEGMENTS + segment) * TILES + one
+        to = at + BASE.to(tl.int64) * TILES
+        put_state(state, mass, states_ptr, masses_ptr, to, tile, inside_v, slice_v, D, BF)
+        if LAST:  # noqa: SIM102 - the first is known when it is compiled
+            if segment == final:
+                chunk = sequence * TILES + one
+                end, end_mass = add_state(state, mass, last_ptr, last_mass_ptr, chunk, tile, inside_v, D, BF)
+                put_state(end, end_mass, last_ptr, last_mass_ptr, chunk, tile, inside_v, slice_v, D, BF)
+        state, mass = add_state(state, mass, part_ptr, part_mass_ptr, at, tile, inside_v, D, BF)
+
+
 @triton.jit(do_not_specialize=["T", "BLOCKS", "SEGMENTS", "PER_SEGMENT", "ROW_HEADS", "sinks"])
 def scan_kernel(
     x_ptr, v_ptr, weight_ptr, bias_ptr,  # what makes features, what is written, the map
@@ -51,14 +102,14 @@ def scan_kernel(
     D: tl.constexpr, BD: tl.constexpr, BV: tl.constexpr, F: tl.constexpr, BF: tl.constexpr, PARTS: tl.constexpr,
     C: tl.constexpr, MAP: tl.constexpr, LAG: tl.constexpr, SHARING: tl.constexpr, V_SHARING: tl.constexpr,
     GROUP: tl.constexpr, BY_DOT: tl.constexpr, EVEN: tl.constexpr,
-    BACKWARDS: tl.constexpr, TOTALS: tl.constexpr, FIRST: tl.constexpr, LAST: tl.constexpr, TABLE: tl.constexpr,
+    BACKWARDS: tl.constexpr, CUT: tl.constexpr, FIRST: tl.constexpr, LAST: tl.constexpr, TABLE: tl.constexpr,
 ):  # fmt: skip
     """One program: one part of the features, BV values, one state head, one segment.
 
     SHARING, V_SHARING: state heads that read one head of x, or of v (keys under several query heads). GROUP: heads of
-    x that are added into one state (gradients of several query heads). TOTALS: only add up the segment, into part and
-    part_mass. BY_DOT: sum the mass in the data's dtype (its sums in float32), as the state. EVEN: every
-    sequence has whole blocks, and no sinks.
+    x that are added into one state (gradients of several query heads). CUT: also write the segment's sum, to part and
+    part_mass [N, SEGMENTS, S, parts, D, BF]. BY_DOT: sum the mass in the data's dtype (its sums in float32), as the
+    state. EVEN: every sequence has whole blocks, and no sinks.
     """
     VALUES: tl.constexpr = (D + BV - 1) // BV
     index = tl.program_id(0)
@@ -68,21 +119,14 @@ def scan_kernel(
     index = index // VALUES
     head = index % STATE_HEADS
     index = index // STATE_HEADS
-    if TOTALS:  # nobody asks for the sum of the last segment; running backwards, of the first
-        segment = index % (SEGMENTS - 1) + BACKWARDS
-        sequence = index // (SEGMENTS - 1)
-    else:
-        segment = index % SEGMENTS
-        sequence = index // SEGMENTS
+    segment = index % SEGMENTS
+    sequence = index // SEGMENTS
+    low, high = bounds(sequence, sequences_ptr, T, TABLE)
     if TABLE:
         row = tl.load(sequences_ptr + sequence * 4).to(tl.int64)
-        low = tl.load(sequences_ptr + sequence * 4 + 1)
-        high = tl.load(sequences_ptr + sequence * 4 + 2)
         place = tl.load(sequences_ptr + sequence * 4 + 3).to(tl.int64)
     else:
         row = sequence.to(tl.int64)
-        low = sequence * 0
-        high = low + T
         place = row * BLOCKS
     count = (high - low + C - 1) // C
     final = (high - low) // C if LAG == 2 else count
@@ -99,15 +143,9 @@ def scan_kernel(
     chunk = (sequence.to(tl.int64) * STATE_HEADS + head) * PARTS + part  # of first and last
     state = tl.zeros([BV, BF], tl.float32)
     mass = tl.zeros([BF], tl.float32)
-    if FIRST:
-        state, mass = add_state(state, mass, first_ptr, first_mass_ptr, chunk, tile, inside_v, D, BF)
-    if not TOTALS:
-        # The other segments' sums, those before this one; running backwards, those after it.
-        start = segment + 1 if BACKWARDS else segment * 0
-        stop = SEGMENTS if BACKWARDS else segment
-        for other in range(start, stop):
-            at = ((sequence * SEGMENTS + other).to(tl.int64) * STATE_HEADS + head) * PARTS + part
-            state, mass = add_state(state, mass, part_ptr, part_mass_ptr, at, tile, inside_v, D, BF)
+    if FIRST:  # noqa: SIM102 - the first is known when it is compiled
+        if segment == 0:
+            state, mass = add_state(state, mass, first_ptr, first_mass_ptr, chunk, tile, inside_v, D, BF)
     side = 1.0 - 2.0 * part if PARTS == 2 else 1.0
     if GROUP == 1 and MAP != SOFTMAX and MAP != PRECOMPUTED:
         kept = load_matrix(weight_ptr + head.to(tl.int64) * D * F, F, D, BD, F, BF)
@@ -171,7 +209,7 @@ def scan_kernel(
         if BY_DOT:  # tensor cores add up a column in fewer steps than threads do
             sums = tl.dot(tl.where(top, heavy[None, :], 0.0).to(phi.dtype), phi, sums, input_precision="ieee")
         state = tl.dot(tl.trans(written), phi, state, input_precision="ieee")
-        if not TOTALS and step % GROUP == GROUP - 1:
+        if step % GROUP == GROUP - 1:
             if BY_DOT:
                 mass = tl.sum(sums, 0)
             if number < count:
@@ -180,7 +218,7 @@ def scan_kernel(
             if LAST:  # noqa: SIM102 - the first is known when it is compiled
                 if number == final:
                     put_state(state, mass, last_ptr, last_mass_ptr, chunk, tile, inside_v, slice_v, D, BF)
-    if TOTALS:
+    if CUT:
         if BY_DOT:
             mass = tl.sum(sums, 0)
         at = ((sequence * SEGMENTS + segment).to(tl.int64) * STATE_HEADS + head) * PARTS + part
@@ -191,5 +229,13 @@ def gate_cases(arch: int = 90):  # type: ignore[no-untyped-def]
     """Default configurations in bfloat16, for the compile gate."""
     rows = tuning.window_linear_scan(arch, 128, 64, 64, torch.bfloat16)
     absent = ("first_ptr", "first_mass_ptr", "last_ptr", "last_mass_ptr")
-    forth = gate_case(scan_kernel, rows, "forwards", absent=(*absent, "row_scale_ptr", "row_mass_ptr"))
-    return [forth, gate_case(scan_kernel, rows, "backwards", absent=absent, BACKWARDS=True)]
+    whole = (*absent, "part_ptr", "part_mass_ptr")
+    rowless = ("row_scale_ptr", "row_mass_ptr")
+    joined = tuning.window_linear_join(arch, 128)
+    return [
+        gate_case(scan_kernel, rows, "forwards", absent=(*whole, *rowless)),
+        gate_case(scan_kernel, rows, "forwards, in segments", absent=(*absent, *rowless), CUT=True),
+        gate_case(scan_kernel, rows, "backwards", absent=whole, BACKWARDS=True),
+        gate_case(scan_kernel, rows, "backwards, in segments", absent=absent, BACKWARDS=True, CUT=True),
+        gate_case(join_kernel, joined, "segments", absent=absent, TILES=64),
+    ]

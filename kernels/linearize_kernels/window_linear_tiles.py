@@ -127,6 +127,33 @@ def load_matrix(base, stride, ROWS: tl.constexpr, BR: tl.constexpr, COLS: tl.con
 
 
 @triton.jit
+def load_state(states_ptr, at, before, first_v, D: tl.constexpr, BV: tl.constexpr, BF: tl.constexpr, CUT: tl.constexpr):
+    """One part's state, the BV values from first_v on by BF features. CUT: plus what its segment began with."""
+    value = first_v + tl.arange(0, BV)
+    from_state = states_ptr + at * D * BF + value[:, None] * BF + tl.arange(0, BF)[None, :]
+    if D % BV == 0:
+        state = tl.load(from_state)
+    else:
+        state = tl.load(from_state, mask=(value < D)[:, None], other=0.0)
+    if CUT:
+        from_state = states_ptr + before * D * BF + value[:, None] * BF + tl.arange(0, BF)[None, :]
+        if D % BV == 0:
+            state += tl.load(from_state)
+        else:
+            state += tl.load(from_state, mask=(value < D)[:, None], other=0.0)
+    return state
+
+
+@triton.jit
+def load_mass(masses_ptr, at, before, BF: tl.constexpr, CUT: tl.constexpr):
+    """Its mass [BF]."""
+    mass = tl.load(masses_ptr + at * BF + tl.arange(0, BF))
+    if CUT:
+        mass += tl.load(masses_ptr + before * BF + tl.arange(0, BF))
+    return mass
+
+
+@triton.jit
 def load_columns(base, live, stride, first_n, D: tl.constexpr, BN: tl.constexpr, C: tl.constexpr):
     """[C, BN]: the columns from first_n on of the rows at `base`."""
     column = first_n + tl.arange(0, BN)
@@ -267,7 +294,7 @@ def gate_case(kernel, rows, label, *, absent=(), **constants):  # type: ignore[n
     usual = {
         "D": 128, "BD": 128, "F": 64, "BF": 64, "PARTS": 2, "C": 64, "MAP": 0, "LAG": 2, "WINDOW": True, "MIX": 0,
         "OWN": True, "KEYS": 4, "STATES": 1, "BZ": 0, "SHARING": 4, "V_SHARING": 4, "GROUP": 1, "ALONE": True,
-        "EVEN": True, "TEAM": 4, "BACKWARDS": False, "TOTALS": False, "FIRST": False, "LAST": False, "TABLE": False,
+        "EVEN": True, "TEAM": 4, "BACKWARDS": False, "CUT": False, "FIRST": False, "LAST": False, "TABLE": False,
     }  # fmt: skip
     known = usual | {name: rows[name] for name in ("BV", "BN", "BQ", "BY_DOT", "PREFETCH") if name in rows} | constants
     missing = {"sequences_ptr", "table_ptr", "q_bias_ptr", "k_bias_ptr", "bias_ptr", "bias_grads_ptr", *absent}

@@ -24,9 +24,14 @@ def window_linear_scan(capability: int, channels: int, width: int, chunk: int, d
 def window_linear_segments(capability: int, programs: int, blocks: int) -> int:
     """Into how many segments a scan is cut that has `programs` programs without, over `blocks` blocks each."""
     if capability == 0:
-        return 1 + (blocks >= 6)  # the interpreter: both ways are tested
+        return 1 + (blocks >= 6) + (blocks >= 9)  # the interpreter: both ways are tested
     wanted = 2 * 132 // max(programs, 1)  # two programs a multiprocessor, all at once
     return max(1, min(wanted, blocks // 8, 16))
+
+
+def window_linear_join(capability: int, channels: int) -> dict[str, int]:
+    """Value tile, warps and stages of window_linear_scan_triton.join_kernel."""
+    return {"BV": _tile(channels, 32), "num_warps": 4, "num_stages": 1}
 
 
 def window_linear_read(capability: int, channels: int, width: int, chunk: int, dtype: torch.dtype) -> dict[str, int]:

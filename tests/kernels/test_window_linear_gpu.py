@@ -97,6 +97,11 @@ def error(got: torch.Tensor, want: torch.Tensor) -> float:
         ("hedgehog_exp", "none", (4, 2), 500, 128, 128, {"window": 0}),
         ("relu", "none", (4, 4), 500, 128, 128, {"window": 0, "train": "maps"}),
         ("precomputed", "gate", (4, 2), 500, 128, 153, {"window": 64, "coverage": "all"}),
+        # Long enough for the scan to be cut into segments.
+        ("hedgehog_softmax", "shared", (8, 2), 2112, 128, 64, {"window": 64}),
+        ("hedgehog_softmax", "shared", (8, 2), 2112, 128, 64, {"window": 64, "train": "maps"}),
+        ("hedgehog_softmax", "shared", (4, 1), 1500, 96, 32, {"window": 32}),
+        ("precomputed", "gate", (4, 2), 1800, 128, 153, {"window": 64, "coverage": "all"}),
     ],
 )
 def test_error_is_that_of_bfloat16(

@@ -184,6 +184,17 @@ def test_padding_packing_and_an_initial_state() -> None:
 
 
 @interpreted
+@pytest.mark.parametrize("coverage", ["outside", "all"])
+def test_segments(coverage: str) -> None:
+    """Sequences that are cut, one of them shorter than a segment, with a state before the first token; lag 1 and 2."""
+    draw = torch.Generator().manual_seed(6)
+    first = torch.rand(3, 2, 32, 17, generator=draw, dtype=DOUBLE)
+    options: dict[str, Any] = {"window": 16, "mix": "mass", "coverage": coverage, "state": first}
+    compare(tensors(length=190, mix="mass"), cu_seqlens=torch.tensor([0, 150, 161, 190]), **options)
+    compare(tensors(batch=3, length=150, mix="mass"), starts=torch.tensor([100, 0, 21]), sinks=2, **options)
+
+
+@interpreted
 def test_equal_and_large_scores() -> None:
     """Of equal largest scores one gets the gradient, which leaves dq and the sum over the keys as they are."""
     x = tensors(length=40, spread=1.0)
