@@ -50,8 +50,12 @@ def our_layers(
     spec: Any = None,
     heads: int = HEADS,
     kv_heads: int = KV_HEADS,
+    dtype: torch.dtype = torch.float32,
 ) -> Any:
-    """Mixers and caches that have read `context` tokens, and what one token brings; the state is made up."""
+    """Mixers and caches that have read `context` tokens, and what one token brings; the state is made up.
+
+    dtype: of the mixers' weights.
+    """
     from linearize.modeling.cache_linearized import LinearStateLayer
     from linearize.modeling.mixer import Mixer
     from linearize.modeling.mixer_spec import MixerSpec
@@ -65,7 +69,7 @@ def our_layers(
     call = {"inputs": inputs, "rotation": (angle.cos(), angle.sin())}
     made = []
     for n in range(layers):
-        mixer = Mixer(spec, **sizes, scaling=WIDTH**-0.5).to(device).requires_grad_(False)
+        mixer = Mixer(spec, **sizes, scaling=WIDTH**-0.5).to(device, dtype).requires_grad_(False)
         mixer.backend = "triton"
         cache = LinearStateLayer()
         cache.shared = True
@@ -80,12 +84,16 @@ def our_layers(
 
 
 def ours(batch: int, context: int, device: str = "cuda", *, layers: int = LAYERS, recipe: str | None = None) -> Steps:
-    """A layer's step, LoLCATs' or of a recipe, and the bookkeeping that ends a model's step."""
+    """A layer's step, LoLCATs' or of a recipe, and the bookkeeping that ends a model's step.
+
+    A recipe's weights are in bfloat16, as an exported model in bfloat16 holds them.
+    """
     from linearize.recipe import load_recipe
     from linearize_kernels.decode import settle
 
     spec = None if recipe is None else load_recipe(recipe).mixer
-    made, token, call = our_layers(batch, context, device, layers=layers, spec=spec)
+    dtype = torch.float32 if spec is None else torch.bfloat16
+    made, token, call = our_layers(batch, context, device, layers=layers, spec=spec, dtype=dtype)
 
     def run() -> None:
         for mixer, cache in made:

@@ -91,7 +91,7 @@ def delta(*, gate: bool) -> Any:
 
 
 def pure_layer(shape: Shape, device: str) -> Subject:
-    """The mixer of the recipe `pure`, gates included: exp maps, scalar decay, window, sinks, blended by mass."""
+    """The mixer of the recipe `pure`, gates included: codes of unrotated vectors, a decay, window and sinks, mass."""
     from linearize.modeling.mixer import Mixer
     from linearize.recipe import load_recipe
 
@@ -104,16 +104,19 @@ def pure_layer(shape: Shape, device: str) -> Subject:
     x = inputs(shape, device)
     x["inputs"] = drawn(shape.batch, shape.length, hidden, device=device, seed=6).bfloat16().requires_grad_()
     weights = dict(mixer.named_parameters())
+    slow = 10.0 ** -torch.linspace(0, 4, shape.head_dim // 2, device=device).repeat(2)
+    angle = torch.arange(shape.length, device=device)[None, :, None] * slow
+    rotation = angle.cos().bfloat16(), angle.sin().bfloat16()
 
     def forward() -> Tensor:
-        out: Tensor = mixer(x["q"], x["k"], x["v"], inputs=x["inputs"], rotation=None)
+        out: Tensor = mixer(x["q"], x["k"], x["v"], inputs=x["inputs"], rotation=rotation)
         return out.transpose(1, 2)
 
     def exact(given: dict[str, Tensor]) -> Tensor:
         twin = Mixer(mixer.spec, **sizes, head_dim=shape.head_dim, scaling=mixer.scaling).to(device).double()
         twin.execution = "quadratic"
         held = {name: given[name] for name in weights}
-        call = {"inputs": given["inputs"], "rotation": None}
+        call = {"inputs": given["inputs"], "rotation": tuple(y.double() for y in rotation)}
         out = torch.func.functional_call(twin, held, (given["q"], given["k"], given["v"]), call)
         found: Tensor = out.transpose(1, 2)
         return found
@@ -123,5 +126,5 @@ def pure_layer(shape: Shape, device: str) -> Subject:
         leaves=x | weights,
         reference=exact,
         maps=tuple(weights),
-        note="gates and maps of the recipe included",
+        note="gates, maps and own projections of the recipe included",
     )

@@ -41,6 +41,8 @@ WIDE = 256
 """From how many features a sign they are read in tiles, where they can be: three launches instead of one."""
 MOST_FEATURES, MOST_CHANNELS, MOST_SLOTS = 512, 256, 512
 """Largest map a sign read at once, head and pair of blocks whose tiles fit into registers."""
+PROJECTS = True
+"""That a step takes the weights of a mixer's own projections; modeling asks, for a release before this did not."""
 MOST_WIDE = 4096
 """Largest map a sign read in tiles, whose sums fit into registers."""
 
@@ -122,10 +124,12 @@ def decode_step(
         weights: of the maps q_weight [H, D, F], k_weight [S, D, F], q_bias [H, F], k_bias [S, F]; `decay`: [S] log
             decays where fixed, [S, C] with decay_bias and a_log [S] where scalar, this token's log decays [B, S, N]
             float32 per channel; beta_weight [S, C], beta_bias [S]; mix_weight [H, C], mix_bias [H] of a learned mix;
-            window_logit [H], linear_scale [H], norm_weight [H, D]. Each where `rule` needs it.
+            window_logit [H], linear_scale [H], norm_weight [H, D]. Each where `rule` needs it. With q_own [H D, C] and
+            k_own [S D, C] the linear branch's queries and keys are x W^T / sqrt(C) more than what `unrotate` leaves.
         inputs: the layer's input [B, C], where a gate reads it.
         rotation: cos, sin [B or 1, D], under `unrotate`.
-        own: queries [B, H, D] and keys [B, S, D] of the linear branch where they are not q and k.
+        own: queries [B, H, D] and keys [B, S, D] of the linear branch where they are not q and k, and have not the
+            weights to be made of them.
         backend: auto | torch | triton; there is no torch form here, so that torch is an error.
 
     Returns:

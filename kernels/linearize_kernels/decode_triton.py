@@ -11,6 +11,7 @@ import triton
 
 from .backend import empty
 from .decode import BIASED, LEARNED, SCALED, TWO_SIDED, StepRule, wide
+from .decode_own_triton import PROGRAMMATIC, own_heads
 from .decode_split_triton import far_kernel, near_kernel
 from .decode_step_triton import decode_kernel
 from .decode_wide_triton import features_kernel, state_kernel
@@ -26,8 +27,6 @@ WEIGHTS = (
 )  # fmt: skip
 SPLIT_WEIGHTS = ("q_weight", "q_bias", "k_weight", "k_bias", "window_logit")
 FEATURE_WEIGHTS = ("q_weight", "q_bias", "k_weight", "k_bias", "decay", "decay_bias", "a_log")
-PROGRAMMATIC = 90
-"""From which compute capability on a kernel may begin before the one before it has ended."""
 
 
 def _power(size: int, least: int = 16) -> int:
@@ -90,27 +89,45 @@ def constants(
 
 
 def wide_constants(
-    rule: StepRule, *, head_dim: int, heads: int, kv_heads: int, channels: int, batch: int, card: int, own: bool = False
+    rule: StepRule,
+    *,
+    head_dim: int,
+    heads: int,
+    kv_heads: int,
+    channels: int,
+    batch: int,
+    card: int,
+    own: bool = False,
+    fresh: bool = False,
 ) -> dict[str, tuple[dict[str, Any], dict[str, int]]]:
-    """As `constants`, of the three kernels that read a wide map: features, state, step."""
+    """As `constants`, of the three kernels that read a wide map: features, state, step.
+
+    fresh: whether what they map was made by the launch before, own_kernel's, for which the first of them waits.
+    """
     made, options = constants(
         rule, head_dim=head_dim, heads=heads, kv_heads=kv_heads, channels=channels, batch=batch, card=card, own=own
     )
-    tiles = wide_tuning(card, head_dim, rule.width, made["SIGNS"], batch)
+    tiles = wide_tuning(card, head_dim, rule.width * made["SIGNS"], batch, batch * rule.state_heads, made["R"])
     made["EARLY"] = card >= PROGRAMMATIC
     shared = {name: made[name] for name in ("D", "DP", "F", "SIGNS", "DECAY", "DT_GAIN", "EARLY")}
     features = shared | {name: made[name] for name in ("SCALE", "C", "CT", "MAP", "BIASED", "QUERY_SCALED", "UNROTATE")}
-    features |= {"BF": tiles["features"]["BF"], "ROWS": tiles["features"]["ROWS"]}
+    features |= {"BF": tiles["features"]["BF"], "ROWS": tiles["features"]["ROWS"], "WAIT": made["EARLY"] and fresh}
     features |= {"TILES": triton.cdiv(rule.width, features["BF"]), "KEYS": 1 if own else rule.state_heads // kv_heads}
-    state = shared | {"R": made["R"], "G": made["G"], "HAS_Z": rule.normaliser in ("shared", "own")}
-    state |= {"BF": tiles["state"]["BF"], "TILES": triton.cdiv(rule.width, tiles["state"]["BF"])}
-    state |= {"MAP": made["MAP"], "CUTS": features["TILES"], "CP": _power(features["TILES"], 1)}
+    state = {name: made[name] for name in ("D", "DP", "DECAY", "DT_GAIN", "EARLY", "R", "G", "MAP")}
+    state |= {
+        "N": rule.width * made["SIGNS"],
+        "RP": _power(made["R"], 1),
+        "HAS_Z": rule.normaliser in ("shared", "own"),
+    }
+    state |= {"BF": tiles["state"]["BF"], "EACH": tiles["state"]["EACH"]}
+    state |= {"SPLITS": triton.cdiv(state["N"], state["BF"] * state["EACH"])}
+    state |= {"CUTS": features["TILES"], "CP": _power(features["TILES"], 1)}
     # Each head reads its sums by itself: what heads share, the state, has been read.
     step = made | {
         "R": 1,
         "GROUP": 1,
         "BV": tiles["step"]["BV"],
-        "PARTS": state["TILES"],
+        "PARTS": state["SPLITS"],
         "F": 1,
         "FP": 16,
         "HOLD": True,
@@ -119,6 +136,8 @@ def wide_constants(
     warps = {name: {"num_warps": tiles[name]["num_warps"], "num_stages": 1} for name in tiles}
     if made["EARLY"]:
         warps["state"]["launch_pdl"] = warps["step"]["launch_pdl"] = True
+    if features["WAIT"]:
+        warps["features"]["launch_pdl"] = True
     return {
         "features": (features, warps["features"]),
         "state": (state, warps["state"]),
@@ -185,13 +204,19 @@ def launch(
     token = 0 if inputs is None else inputs.stride(0)
     turned = cos.stride(0) if cos is not None and len(cos) > 1 else 0
     parts = masses = None
+    fresh = own is None and "q_own" in weights
+    if fresh:
+        assert inputs is not None
+        turn = rotation if rule.unrotate else None
+        own = own_heads(q, k, inputs, turn, weights, state_heads=rule.state_heads, card=sizes["card"])
+        rule, sizes["own"] = replace(rule, unrotate=False), True
     out = empty((batch, heads, head_dim), dtype=q.dtype, device=q.device)
     split = split_constants(rule, **sizes, dtype=q.dtype)
     if split is not None:
         _split(q, k, v, out, memory, weights, split)
         return out
     if wide(rule):
-        every = wide_constants(rule, **sizes)
+        every = wide_constants(rule, **sizes, fresh=fresh)
         given = [inputs, cos, sin], [weights.get(name) for name in FEATURE_WEIGHTS]
         parts, masses = _wide(q, k, v, rule, memory, every, given, own, token, turned)
         made, options = every["step"]
@@ -267,9 +292,9 @@ def _wide(
         x.stride(0), x.stride(1), y.stride(0), y.stride(1), token, turned, batch, heads, states, **made, **options,
     )  # fmt: skip
     made, options = every["state"]
-    parts, masses = fresh(batch, heads, made["TILES"], head_dim), fresh(batch, heads, made["TILES"])
+    parts, masses = fresh(batch, heads, made["SPLITS"], head_dim), fresh(batch, heads, made["SPLITS"])
     state, z = memory["state"], memory.get("z")
-    state_kernel[made["TILES"], batch * states](
+    state_kernel[made["SPLITS"], batch * states](
         v, features, peaks, gates, state, *((state, state) if z is None else (z, memory["z_next"])), parts, masses,
         v.stride(0), v.stride(1), heads, states, **made, **options,
     )  # fmt: skip
@@ -321,7 +346,7 @@ def gate_cases() -> list[tuple[Any, dict[str, str], dict[str, Any], dict[str, in
             }  # fmt: skip
             kernels = {"step": (decode_kernel, constants(rule, **sizes))}
             if wide(rule):
-                sizes["own"] = rule is codes
+                sizes["own"] = sizes["fresh"] = rule is codes
                 named = {"features": features_kernel, "state": state_kernel, "step": decode_kernel}
                 found = wide_constants(rule, **sizes)
                 kernels = {name: (kernel, found[name]) for name, kernel in named.items()}

@@ -6,6 +6,7 @@
 
 For maps that act on each feature alone, added to a state that holds every token; and for learned_softmax, of which the
 first launch leaves logits with the largest, and the sum of exponentials, of each tile: the second puts those together.
+A program of the second goes over several tiles of a state, so that sums across threads, and what parts are, stay few.
 Shapes as in decode.py.
 """
 
@@ -40,14 +41,18 @@ def _put(
 
 
 @triton.jit
-def _shares(y, peaks, inside, CUTS: tl.constexpr, CP: tl.constexpr):
-    """learned_softmax of logits y, some of a row, from the CUTS pairs at `peaks` that features_kernel left for it."""
+def _softmax_of(peaks, row, live, CUTS: tl.constexpr, CP: tl.constexpr):
+    """Largest logit and one over the sum of exponentials of rows, from the CUTS pairs that features_kernel left.
+
+    row: [R], whose first pair is at 2 CUTS row; `live`: which of them there are.
+    """
     at = tl.arange(0, CP)
-    largest = tl.load(peaks + 2 * at, mask=at < CUTS, other=float("-inf"))
-    total = tl.load(peaks + 2 * at + 1, mask=at < CUTS, other=0.0)
-    top = tl.max(largest, 0)
-    total = tl.sum(total * tl.exp(largest - top), 0)
-    return tl.where(inside, tl.maximum(tl.exp(y - top) / total, FLOOR), 0.0)
+    inside = live[:, None] & (at < CUTS)[None, :]
+    place = peaks + row[:, None] * (2 * CUTS) + 2 * at[None, :]
+    largest = tl.load(place, mask=inside, other=float("-inf"))
+    total = tl.load(place + 1, mask=inside, other=0.0)
+    top = tl.where(live, tl.max(largest, 1), 0.0)
+    return top, 1.0 / tl.sum(tl.where(live[:, None], total * tl.exp(largest - top[:, None]), 1.0), 1)
 
 
 @triton.jit(do_not_specialize=["B", "H", "S"])
@@ -58,14 +63,14 @@ def features_kernel(
     SCALE: tl.constexpr, D: tl.constexpr, DP: tl.constexpr, F: tl.constexpr, BF: tl.constexpr, SIGNS: tl.constexpr,
     TILES: tl.constexpr, ROWS: tl.constexpr, C: tl.constexpr, CT: tl.constexpr, KEYS: tl.constexpr,
     MAP: tl.constexpr, BIASED: tl.constexpr, QUERY_SCALED: tl.constexpr, UNROTATE: tl.constexpr, DECAY: tl.constexpr,
-    DT_GAIN: tl.constexpr, EARLY: tl.constexpr,
+    DT_GAIN: tl.constexpr, EARLY: tl.constexpr, WAIT: tl.constexpr,
 ):  # fmt: skip
     """Grid (TILES, then one a sequence for its gates; S + H heads; groups of ROWS sequences).
 
     features: [B, S + H, N] float32, those of keys first; peaks: [B, S + H, TILES, 2], of learned_softmax. gates:
     [B, S, 2], what the state keeps and the gain of what is written. KEYS: state heads that share a key head. BF
     outputs of a map at a time. Fewer than 16 ROWS are multiplied one by one, in float32; more by tensor cores. EARLY:
-    the next launch may begin.
+    the next launch may begin. WAIT: q and k are made by the launch before, which may not have ended; weights are older.
     """
     if EARLY:
         tl.extra.cuda.gdc_launch_dependents()
@@ -86,6 +91,8 @@ def features_kernel(
             x, bias = q + (head - S) * sqh, q_bias + (head - S) * F
         stride = tl.where(head < S, skb, sqb)
         factor = tl.where(head < S, 1.0, SCALE if QUERY_SCALED else 1.0)
+        if WAIT:
+            tl.extra.cuda.gdc_wait()
         if ROWS < 16:
             for r in tl.static_range(ROWS):
                 each = tl.minimum(start + r, B - 1).to(tl.int64)  # a row that does not exist is the last, never stored
@@ -127,78 +134,73 @@ def features_kernel(
 @triton.jit(do_not_specialize=["H", "S"])
 def state_kernel(
     v, features, peaks, gates, state, z, z_next, parts, masses, svb, svh, H, S,
-    D: tl.constexpr, DP: tl.constexpr, F: tl.constexpr, BF: tl.constexpr, SIGNS: tl.constexpr, TILES: tl.constexpr,
-    R: tl.constexpr, G: tl.constexpr, DECAY: tl.constexpr, DT_GAIN: tl.constexpr, HAS_Z: tl.constexpr,
-    MAP: tl.constexpr, CUTS: tl.constexpr, CP: tl.constexpr, EARLY: tl.constexpr,
+    D: tl.constexpr, DP: tl.constexpr, N: tl.constexpr, BF: tl.constexpr, EACH: tl.constexpr, SPLITS: tl.constexpr,
+    R: tl.constexpr, RP: tl.constexpr, G: tl.constexpr, DECAY: tl.constexpr, DT_GAIN: tl.constexpr,
+    HAS_Z: tl.constexpr, MAP: tl.constexpr, CUTS: tl.constexpr, CP: tl.constexpr, EARLY: tl.constexpr,
 ):  # fmt: skip
-    """Grid (TILES, B S). parts: [B, H, TILES, D] float32, masses: [B, H, TILES]; R query heads read a state.
+    """Grid (SPLITS, B S). parts: [B, H, SPLITS, D] float32, masses: [B, H, SPLITS]; R query heads read a state.
 
-    CUTS: into how many tiles features_kernel cut a row; CP: the power of two that covers it. EARLY: it may begin before
-    features_kernel has ended, so that nothing but what is older is read before the wait.
+    A program goes over EACH tiles of BF features and loads the next while it reads one. CUTS: into how many tiles
+    features_kernel cut a row. RP, CP: powers of two that cover R and CUTS. EARLY: it may begin before features_kernel
+    has ended, so that nothing but what is older is read before the wait.
     """
     if EARLY:
         tl.extra.cuda.gdc_launch_dependents()
-    N: tl.constexpr = F * SIGNS
-    tile = tl.program_id(0)
+    split = tl.program_id(0)
     b = (tl.program_id(1) // S).to(tl.int64)
     s = tl.program_id(1) % S
     od = tl.arange(0, DP)
-    of = tile * BF + tl.arange(0, BF)
-    in_d, in_f = od < D, of < F
-    state_h = state + (b * S + s) * (N * D)
-    at = of[:, None] * D + od[None, :]
-    inside = in_f[:, None] & in_d[None, :]
-    keys = features + (b * (S + H) + s) * N
-    queries = features + (b * (S + H) + S + s * R) * N
+    orow = tl.arange(0, RP)
+    in_d, in_r = od < D, orow < R
+    of = split * (EACH * BF) + tl.arange(0, BF)
+    end = tl.minimum((split + 1) * (EACH * BF), N)
+    head = b * S + s
+    state_h = state + head * (N * D)
     v_new = tl.load(v + b * svb + (s * R // G) * svh + od, mask=in_d, other=0.0).to(tl.float32)
-    s_a = tl.load(state_h + at, mask=inside, other=0.0)
-    if SIGNS == 2:
-        s_b = tl.load(state_h + (at + F * D), mask=inside, other=0.0)
+    tile = tl.load(state_h + (of[:, None] * D + od[None, :]), mask=(of < end)[:, None] & in_d[None, :], other=0.0)
+    z_tile = tl.zeros([BF], tl.float32)
     if HAS_Z:
-        z_h, z_next_h = z + (b * S + s) * N, z_next + (b * S + s) * N
-        z_a = tl.load(z_h + of, mask=in_f, other=0.0)
-        if SIGNS == 2:
-            z_b = tl.load(z_h + F + of, mask=in_f, other=0.0)
+        z_tile = tl.load(z + head * N + of, mask=of < end, other=0.0)
     if EARLY:
         tl.extra.cuda.gdc_wait()
-    f_a = tl.load(keys + of, mask=in_f, other=0.0)
-    if MAP == "learned_softmax":
-        f_a = _shares(f_a, peaks + (b * (S + H) + s) * (2 * CUTS), in_f, CUTS, CP)
-    if SIGNS == 2:
-        f_b = tl.load(keys + F + of, mask=in_f, other=0.0)
     keep = 1.0
+    gain = 1.0
     if DECAY != "none":
-        keep = tl.load(gates + (b * S + s) * 2)
+        keep = tl.load(gates + head * 2)
         if DT_GAIN:
-            gain = tl.load(gates + (b * S + s) * 2 + 1)
-            f_a *= gain
-            if SIGNS == 2:
-                f_b *= gain
+            gain = tl.load(gates + head * 2 + 1)
+    key = b * (S + H) + s + tl.arange(0, 1)
+    query = b * (S + H) + S + s * R + orow
+    if MAP == "learned_softmax":
+        top_k, share_k = _softmax_of(peaks, key, key >= 0, CUTS, CP)
+        top_q, share_q = _softmax_of(peaks, query, in_r, CUTS, CP)
 
-    s_a = s_a * keep + f_a[:, None] * v_new[None, :]
-    tl.store(state_h + at, s_a, mask=inside)
-    if SIGNS == 2:
-        s_b = s_b * keep + f_b[:, None] * v_new[None, :]
-        tl.store(state_h + (at + F * D), s_b, mask=inside)
-    if HAS_Z:
-        z_a = z_a * keep + f_a
-        tl.store(z_next_h + of, z_a, mask=in_f)
-        if SIGNS == 2:
-            z_b = z_b * keep + f_b
-            tl.store(z_next_h + F + of, z_b, mask=in_f)
-
-    for r in tl.static_range(R):
-        e_a = tl.load(queries + r * N + of, mask=in_f, other=0.0)
+    read = tl.zeros([RP, DP], tl.float32)
+    mass = tl.zeros([RP, BF], tl.float32)
+    for _ in range(EACH):
+        now, z_now = tile, z_tile
+        in_f = of < end
+        later = of + BF
+        tile = tl.load(
+            state_h + (later[:, None] * D + od[None, :]), mask=(later < end)[:, None] & in_d[None, :], other=0.0
+        )
+        inside = in_r[:, None] & in_f[None, :]
+        f = tl.load(features + key * N + of, mask=in_f, other=0.0)
+        e = tl.load(features + (query[:, None] * N + of[None, :]), mask=inside, other=0.0)
         if MAP == "learned_softmax":
-            e_a = _shares(e_a, peaks + (b * (S + H) + S + s * R + r) * (2 * CUTS), in_f, CUTS, CP)
-        read = e_a[:, None] * s_a
-        if SIGNS == 2:
-            e_b = tl.load(queries + r * N + F + of, mask=in_f, other=0.0)
-            read += e_b[:, None] * s_b
-        to = (b * H + s * R + r) * TILES + tile
-        tl.store(parts + to * D + od, tl.sum(read, 0), mask=in_d)
+            f = tl.where(in_f, tl.maximum(tl.exp(f - top_k) * share_k, FLOOR), 0.0)
+            e = tl.where(inside, tl.maximum(tl.exp(e - top_q[:, None]) * share_q[:, None], FLOOR), 0.0)
+        f *= gain
+        now = now * keep + f[:, None] * v_new[None, :]
+        tl.store(state_h + (of[:, None] * D + od[None, :]), now, mask=in_f[:, None] & in_d[None, :])
+        read += tl.sum(e[:, :, None] * now[None, :, :], 1)
         if HAS_Z:
-            mass = e_a * z_a
-            if SIGNS == 2:
-                mass += e_b * z_b
-            tl.store(masses + to, tl.sum(mass, 0))
+            z_now = z_now * keep + f
+            tl.store(z_next + head * N + of, z_now, mask=in_f)
+            mass += e * z_now[None, :]
+            z_tile = tl.load(z + head * N + later, mask=later < end, other=0.0)
+        of = later
+    to = (b * H + s * R + orow) * SPLITS + split
+    tl.store(parts + (to[:, None] * D + od[None, :]), read, mask=in_r[:, None] & in_d[None, :])
+    if HAS_Z:
+        tl.store(masses + to, tl.sum(mass, 1), mask=in_r)

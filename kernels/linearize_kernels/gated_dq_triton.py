@@ -36,20 +36,26 @@ from .tuning import gated_chunk, gated_dq
 
 @triton.jit(do_not_specialize=["T", "H", "count"])
 def factor_kernel(
-    out, den, dout, factor, extra, sob, soh, sot, sdb, sdh, sdt, scale, T, H, count, V: tl.constexpr, BV: tl.constexpr,
-    ROWS: tl.constexpr,
+    out, rest, den, dout, factor, extra, sob, soh, sot, sdb, sdh, sdt, scale, T, H, count,
+    V: tl.constexpr, BV: tl.constexpr, ROWS: tl.constexpr, REST: tl.constexpr,
 ):  # fmt: skip
-    """factor = scale / den, which makes do num's gradient; extra = -(o do) scale / den, den's. Grid (rows / ROWS)."""
+    """factor = scale / den, which makes do num's gradient; extra = -(o do) scale / den, den's. Grid (rows / ROWS).
+
+    REST: o is the sum of out and rest.
+    """
     i = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
     live = i < count
     b, h, t = i // T // H, i // T % H, i % T
     o = tl.arange(0, BV)
     inside = live[:, None] & (o < V)[None, :]
-    y = tl.load(out + (b * sob + h * soh + t * sot)[:, None] + o[None, :], mask=inside, other=0.0)
+    at = (b * sob + h * soh + t * sot)[:, None] + o[None, :]
+    y = tl.load(out + at, mask=inside, other=0.0).to(tl.float32)
+    if REST:
+        y += tl.load(rest + at, mask=inside, other=0.0).to(tl.float32)
     dy = tl.load(dout + (b * sdb + h * sdh + t * sdt)[:, None] + o[None, :], mask=inside, other=0.0)
     mass = tl.load(den + i, mask=live, other=1.0)
     weight = scale / tl.maximum(mass, TINY)
-    along = tl.sum(y.to(tl.float32) * dy.to(tl.float32), 1)
+    along = tl.sum(y * dy.to(tl.float32), 1)
     tl.store(factor + i, weight, mask=live)
     tl.store(extra + i, tl.where(mass > TINY, -along * weight, 0.0), mask=live)
 
@@ -173,17 +179,20 @@ def dq_kernel(
 
 
 def factors(
-    plan: Plan, out: torch.Tensor, den: torch.Tensor, dout: torch.Tensor
+    plan: Plan, out: torch.Tensor, den: torch.Tensor, dout: torch.Tensor, rest: torch.Tensor | None = None
 ) -> tuple[torch.Tensor | None, torch.Tensor | None]:
-    """What turns the output's gradient into num's, and den's gradient, both [B, H, T]; None without a denominator."""
+    """What turns the output's gradient into num's, and den's gradient, both [B, H, T]; None without a denominator.
+
+    rest: what rounding took off the output, if it was kept; its strides are the output's.
+    """
     if not plan.norm:
         return None, None
     factor, extra = (empty(tuple(den.shape), dtype=torch.float32, device=out.device) for _ in range(2))
     count, rows = den.numel(), 32
     factor_kernel[(-(-count // rows),)](
-        out, den, dout, factor, extra, *out.stride()[:3], *dout.stride()[:3],
+        out, rest, den, dout, factor, extra, *out.stride()[:3], *dout.stride()[:3],
         plan.scale, plan.length, plan.heads, count, V=plan.values, BV=triton.next_power_of_2(plan.values), ROWS=rows,
-        num_warps=4,
+        REST=rest is not None, num_warps=4,
     )  # fmt: skip
     return factor, extra
 

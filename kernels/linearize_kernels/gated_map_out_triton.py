@@ -11,7 +11,7 @@ import triton
 import triton.language as tl
 
 from .compiled import start
-from .gated_maps import MAP_POINTERS, map_gate_constants, options, two_columns
+from .gated_maps import GATE_SHAPES, MAP_POINTERS, SIGNS, map_gate_constants, options, two_columns
 from .gated_plan import Plan, gate_signature
 from .gated_tiles import TINY, chunk_span, pair_decay, product, row_decay
 from .tuning import gated_map_chunk, gated_map_out
@@ -25,12 +25,15 @@ def stacked(x, HEADS: tl.constexpr, C: tl.constexpr):
 
 @triton.jit(do_not_specialize=["T", "H", "NT"])
 def map_out_kernel(
-    fq, fk, v, g, states, z_states, out, den, table, svb, svh, svt, sgb, sgh, sgt, sob, soh, sot, scale, T, H, NT,
+    fq, fk, v, g, states, z_states, out, rest, den, table, svb, svh, svt, sgb, sgh, sgt, sob, soh, sot, scale, T, H, NT,
     R: tl.constexpr, G: tl.constexpr, HEADS: tl.constexpr, WIDTH: tl.constexpr, V: tl.constexpr, BF: tl.constexpr,
     BV: tl.constexpr, C: tl.constexpr, SIGNED: tl.constexpr, DECAY: tl.constexpr, NORM: tl.constexpr,
-    PACKED: tl.constexpr, PREC: tl.constexpr,
+    PACKED: tl.constexpr, REST: tl.constexpr, PREC: tl.constexpr,
 ):  # fmt: skip
-    """Grid (batch, chunks, tiles of V, stacks of query heads, flat). den [B, H, T]: scale times the denominator."""
+    """Grid (batch, chunks, tiles of V, stacks of query heads, flat). den [B, H, T]: scale times the denominator.
+
+    REST: what rounding takes off the output is kept beside it, rest [B, H, T, V] with the output's strides.
+    """
     F: tl.constexpr = WIDTH * SIGNED
     VT: tl.constexpr = (V + BV - 1) // BV
     STACKS = H // HEADS
@@ -81,8 +84,12 @@ def map_out_kernel(
         acc = acc / tl.maximum(total, TINY)[:, None]
         if tile == 0:
             tl.store(den + at, total, mask=live)
-    to = out + (b * sob + head * soh + t * sot)[:, None] + o[None, :]
-    tl.store(to, acc.to(out.dtype.element_ty), mask=live[:, None] & in_o[None, :])
+    to = (b * sob + head * soh + t * sot)[:, None] + o[None, :]
+    rounded = acc.to(out.dtype.element_ty)
+    tl.store(out + to, rounded, mask=live[:, None] & in_o[None, :])
+    if REST:
+        left = (acc - rounded.to(tl.float32)).to(rest.dtype.element_ty)
+        tl.store(rest + to, left, mask=live[:, None] & in_o[None, :])
 
 
 def map_outputs(
@@ -92,29 +99,33 @@ def map_outputs(
     features: tuple[torch.Tensor, torch.Tensor],
     states: tuple[torch.Tensor, torch.Tensor],
     out: torch.Tensor,
+    rest: torch.Tensor | None,
     den: torch.Tensor,
     *,
     chunk: int,
 ) -> None:
-    """Fills out [B, H, T, V], any strides, and with a denominator den [B, H, T]."""
+    """Fills out [B, H, T, V], any strides, what rounding took off it (rest, the same strides), and den [B, H, T]."""
     config = gated_map_out(plan.capability, plan.features, plan.values, plan.readers, v.dtype)
     table, _, count = plan.chunks(chunk)
     tiles = -(-plan.values // config["BV"])
     start(plan.found, map_out_kernel, plan.batch * count * tiles * (plan.heads // config["HEADS"]), (
-        *features, v, g, *states, out, den, table, *v.stride()[:3], *plan.decay_strides(g), *out.stride()[:3],
+        *features, v, g, *states, out, rest, den, table, *v.stride()[:3], *plan.decay_strides(g), *out.stride()[:3],
         plan.scale, plan.length, plan.heads, count,
-    ), dict(G=plan.state_heads // plan.kv_heads, **options(plan, chunk, v.dtype) | config))  # fmt: skip
+    ), dict(
+        G=plan.state_heads // plan.kv_heads, REST=rest is not None, **options(plan, chunk, v.dtype) | config
+    ))  # fmt: skip
 
 
 def gate_cases(arch: int = 90) -> list[tuple[Any, dict[str, str], dict[str, Any], dict[str, int], str]]:
     """Default configurations in bfloat16 on a card of capability `arch`, for the compile gate."""
     cases = []
-    for size, width in ((64, 1024), (128, 1024), (128, 64)):
-        config = gated_map_out(arch, 2 * width, size, 4, torch.bfloat16)
-        launch = {name: config.pop(name) for name in ("num_warps", "num_stages")}
+    for size, width, name in GATE_SHAPES:
+        config = gated_map_out(arch, SIGNS[name] * width, size, 4, torch.bfloat16)
+        launch = {key: config.pop(key) for key in ("num_warps", "num_stages")}
         chunk = gated_map_chunk(arch, torch.bfloat16)
-        constants = map_gate_constants(size, width, chunk) | {"G": 1} | config
+        constants = map_gate_constants(size, width, name, chunk) | {"G": 1, "REST": name == "learned_softmax"} | config
         constants.pop("MAP")
-        signature = gate_signature(map_out_kernel, MAP_POINTERS | {"out": "*bf16", "den": "*fp32"}, constants)
-        cases.append((map_out_kernel, signature, constants, launch, f"D {size} f {width}"))
+        pointers = MAP_POINTERS | {"out": "*bf16", "rest": "*bf16"}
+        signature = gate_signature(map_out_kernel, pointers, constants)
+        cases.append((map_out_kernel, signature, constants, launch, f"D {size} f {width} {name}"))
     return cases

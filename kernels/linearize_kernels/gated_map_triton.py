@@ -7,7 +7,7 @@ the forward pass was given. Kept are the inputs, the output and the denominators
 import torch
 
 from .gated_map_slices import backward, forward
-from .gated_maps import SIGNS, Mapped
+from .gated_maps import SIGNS, SOFTMAXES, Mapped
 from .gated_plan import Plan
 from .gated_triton import DECAYS
 from .tuning import capability
@@ -56,21 +56,39 @@ def mapped_gated_linear_op(
     scale: float,
     norm: bool,
     return_state: bool,
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Output [B, H, T, V], denominators [B, H, T] and last state, the latter two empty where there are none."""
+    train: bool,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Output [B, H, T, V], denominators [B, H, T], last state, logs of a softmax's sums, of queries and keys, `rest`.
+
+    rest [B, H, T, V] is what rounding took off the output, kept to `train` one softmax over a denominator. All but the
+    output are empty where there are none.
+    """
     plan = _plan(q, v, g, q_weight, k_weight, cu_seqlens, kind, scale, norm)
     x = _mapped(q, k, v, g, q_weight, q_bias, k_weight, k_bias)
-    return forward(plan, x, state, want_final=return_state)
+    want_rest = train and _rounded(q, kind, norm)
+    out, den, last, sums, rest = forward(plan, x, state, want_final=return_state, want_rest=want_rest)
+    return out, den, last, *sums, rest
+
+
+def _rounded(q: torch.Tensor, kind: str, norm: bool) -> bool:
+    """Whether gradients need to know what rounding took off the output (Plan.spared)."""
+    return kind == "learned_softmax" and norm and q.dtype != torch.float32
 
 
 @mapped_gated_linear_op.register_fake
-def _(q, k, v, g, q_weight, q_bias, k_weight, k_bias, state, cu_seqlens, kind, scale, norm, return_state):  # type: ignore[no-untyped-def]
+def _(q, k, v, g, q_weight, q_bias, k_weight, k_bias, state, cu_seqlens, kind, scale, norm, return_state, train):  # type: ignore[no-untyped-def]
     batch, heads, length, _ = q.shape
     out = v.new_empty(batch, length, heads, v.shape[3]).transpose(1, 2)
     den = q.new_empty((batch, heads, length) if norm else (0,), dtype=torch.float32)
     sequences = batch if cu_seqlens is None else cu_seqlens.shape[0] - 1
     last = (sequences, k_weight.shape[0], SIGNS[kind] * k_weight.shape[2], v.shape[3] + norm)
-    return out, den, q.new_empty(last if return_state else (0,), dtype=torch.float32)
+    softmax = kind in SOFTMAXES
+    q_sums, k_sums = (
+        q.new_empty((batch, x.shape[0], length, SIGNS[kind]) if softmax else (0,), dtype=torch.float32)
+        for x in (q_weight, k_weight)
+    )
+    rest = torch.empty_like(out) if train and _rounded(q, kind, norm) else v.new_empty(0, 0, 0, 0).transpose(1, 2)
+    return out, den, q.new_empty(last if return_state else (0,), dtype=torch.float32), q_sums, k_sums, rest
 
 
 @torch.library.custom_op("linearize::mapped_gated_linear_backward", mutates_args=())
@@ -87,6 +105,9 @@ def mapped_gated_linear_backward_op(
     cu_seqlens: torch.Tensor | None,
     out: torch.Tensor,
     den: torch.Tensor,
+    q_sums: torch.Tensor,
+    k_sums: torch.Tensor,
+    rest: torch.Tensor,
     d_out: torch.Tensor,
     d_final: torch.Tensor | None,
     kind: str,
@@ -103,14 +124,14 @@ def mapped_gated_linear_backward_op(
     plan = _plan(q, v, g, q_weight, k_weight, cu_seqlens, kind, scale, norm)
     x = _mapped(q, k, v, g, q_weight, q_bias, k_weight, k_bias)
     wanted = dict(want_g=want_g, want_state=want_state, want_maps=want_maps)
-    found = backward(plan, x, state, out, den, d_out, d_final, **wanted)
+    found = backward(plan, x, state, out, den, (q_sums, k_sums), rest, d_out, d_final, **wanted)
     return found.dq, found.dk, found.dv, found.gates(plan), *found.maps, found.state
 
 
 @mapped_gated_linear_backward_op.register_fake
 def _(  # type: ignore[no-untyped-def]
-    q, k, v, g, q_weight, q_bias, k_weight, k_bias, state, cu_seqlens, out, den, d_out, d_final, kind, scale, norm,
-    want_g, want_state, want_maps,
+    q, k, v, g, q_weight, q_bias, k_weight, k_bias, state, cu_seqlens, out, den, q_sums, k_sums, rest, d_out, d_final,
+    kind, scale, norm, want_g, want_state, want_maps,
 ):  # fmt: skip
     def like(x: torch.Tensor) -> torch.Tensor:
         batch, heads, length, width = x.shape
@@ -131,13 +152,13 @@ def _(  # type: ignore[no-untyped-def]
 
 
 def _keep(ctx, inputs, output) -> None:  # type: ignore[no-untyped-def]
-    ctx.save_for_backward(*inputs[:10], output[0], output[1])
+    ctx.save_for_backward(*inputs[:10], output[0], output[1], *output[3:])
     ctx.options = inputs[10:13]
     ctx.set_materialize_grads(False)
 
 
-def _backward(ctx, d_out, _d_den, d_final):  # type: ignore[no-untyped-def]
-    *inputs, out, den = ctx.saved_tensors
+def _backward(ctx, d_out, _d_den, d_final, *_):  # type: ignore[no-untyped-def]
+    *inputs, out, den, q_sums, k_sums, rest = ctx.saved_tensors
     g, q_weight, q_bias, k_weight, k_bias, state = inputs[3:9]
     need = ctx.needs_input_grad
     want_g = g is not None and need[3]
@@ -146,13 +167,13 @@ def _backward(ctx, d_out, _d_den, d_final):  # type: ignore[no-untyped-def]
     d_out = torch.zeros_like(out) if d_out is None else d_out
     d_out = d_out if d_out.stride(-1) == 1 else d_out.contiguous()
     dq, dk, dv, dg, dwq, dbq, dwk, dbk, d_state = torch.ops.linearize.mapped_gated_linear_backward(
-        *inputs, out, den, d_out, d_final, *ctx.options, want_g, want_state, want_maps
+        *inputs, out, den, q_sums, k_sums, rest, d_out, d_final, *ctx.options, want_g, want_state, want_maps
     )
     maps: list[torch.Tensor | None] = [None] * 4
     if want_maps:
         pairs = zip((dwq, dbq, dwk, dbk), (q_weight, q_bias, k_weight, k_bias))
         maps = [None if of is None else grad.to(of.dtype) for grad, of in pairs]
-    return dq, dk, dv, dg if want_g else None, *maps, d_state if want_state else None, *[None] * 5
+    return dq, dk, dv, dg if want_g else None, *maps, d_state if want_state else None, *[None] * 6
 
 
 mapped_gated_linear_op.register_autograd(_backward, setup_context=_keep)

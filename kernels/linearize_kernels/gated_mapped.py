@@ -102,9 +102,11 @@ def mapped_gated_linear(
     g = None if log_decay is None else log_decay.float()
     first = None if state is None else state.float().contiguous()
     q, k, v = (_rows(x) for x in (q, k, v))
-    out, _, last = mapped_gated_linear_op(
+    trained = (q, k, v, g, q_weight, q_bias, k_weight, k_bias, first)
+    train = torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in trained)
+    out, _, last, *_ = mapped_gated_linear_op(
         q, k, v, g, q_weight, q_bias, k_weight, k_bias, first, cu_seqlens, map, float(scale), normaliser == "own",
-        return_state,
+        return_state, train,
     )  # fmt: skip
     return (out, last) if return_state else out
 

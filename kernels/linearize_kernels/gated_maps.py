@@ -27,6 +27,8 @@ RELU_FLOOR = tl.constexpr(1e-6)
 EXP_INSIDE = tl.constexpr(3269000.0)
 SOFTMAX_INSIDE = tl.constexpr(1.01e-12)
 RELU_INSIDE = tl.constexpr(1.02e-6)
+SMALL = tl.constexpr(1e-4)
+"""Below it a denominator is not far from what floors make of it: of 10^5 tokens and 10^-12 each, at most 10^-7."""
 SIGNS = {"hedgehog_exp": 2, "hedgehog_softmax": 2, "crelu": 2, "learned_softmax": 1, "relu": 1, "linear": 1}
 """Maps that the kernels know, and how many signs each has."""
 SOFTMAXES = ("hedgehog_softmax", "learned_softmax")
@@ -92,11 +94,11 @@ def project(x, tile, bias, column, in_column, BIAS: tl.constexpr, PREC: tl.const
 
 
 @triton.jit
-def row_sums(sums, place, sign, live, C: tl.constexpr, MAP: tl.constexpr):
-    """What a softmax needs of rows [C, 1]: sums [rows, 2] at `place`."""
+def row_sums(sums, place, sign, live, C: tl.constexpr, MAP: tl.constexpr, SIGNED: tl.constexpr):
+    """What a softmax needs of rows [C, 1]: sums [rows, SIGNED] at `place`."""
     found = tl.zeros([C, 1], tl.float32)
     if MAP == "hedgehog_softmax" or MAP == "learned_softmax":
-        found = tl.load(sums + place * 2 + sign, mask=live, other=0.0)[:, None]
+        found = tl.load(sums + place * SIGNED + sign, mask=live, other=0.0)[:, None]
     return found
 
 
@@ -157,15 +159,26 @@ def options(plan: Plan, chunk: int, dtype: torch.dtype) -> dict[str, Any]:
     )  # fmt: skip
 
 
-def map_gate_constants(size: int, width: int, chunk: int) -> dict[str, Any]:
-    """Constants of the default recipe's kernels for the compile gate: four query heads on a state."""
+GATE_SHAPES = (
+    (64, 2048, "learned_softmax"),
+    (128, 2048, "learned_softmax"),
+    (128, 1024, "hedgehog_exp"),
+    (128, 64, "hedgehog_exp"),
+)
+"""Head size, width and map of what the compile gate builds, the default recipe's first."""
+
+
+def map_gate_constants(size: int, width: int, name: str, chunk: int) -> dict[str, Any]:
+    """Constants of the kernels with maps for the compile gate: four query heads on a state."""
     return dict(
-        R=4, WIDTH=width, V=size, BV=size, C=chunk, MAP="hedgehog_exp", SIGNED=2, DECAY="scalar", NORM=True,
+        R=4, WIDTH=width, V=size, BV=size, C=chunk, MAP=name, SIGNED=SIGNS[name], DECAY="scalar", NORM=True,
         PACKED=False, PREC="tf32", table=None,
     )  # fmt: skip
 
 
 MAP_POINTERS = dict.fromkeys(
     ("v", "fq", "fk", "dout", "states", "d_states", "reads", "pairs", "dy"), "*bf16"
-) | dict.fromkeys(("g", "factor", "extra", "z_states", "dz_states", "gates", "along", "found", "d_bias"), "*fp32")
+) | dict.fromkeys(
+    ("g", "factor", "extra", "den", "z_states", "dz_states", "gates", "totals", "along", "found", "d_bias"), "*fp32"
+)
 """Types of the arguments that the kernels with maps share, for the compile gate."""

@@ -81,6 +81,15 @@ class Plan:
     """What `compiled` knows of such calls; every slice has its own."""
 
     @property
+    def spared(self) -> bool:
+        """Whether a row of features times their gradients adds up to what is known, but for features at their floor.
+
+        One softmax over a denominator. Where no denominator is near the floors, no pass over a row's features has to
+        find the sum (gated_map_dq_triton.py, gated_map_dk_triton.py).
+        """
+        return self.norm and self.map == "learned_softmax"
+
+    @property
     def sequences(self) -> int:
         """N: packed sequences, or rows of the batch."""
         return self.batch if self.cu_seqlens is None else self.cu_seqlens.shape[0] - 1

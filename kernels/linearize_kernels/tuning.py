@@ -162,20 +162,50 @@ def decode_split(
     return {"near": {"num_warps": 8}, "far": far}
 
 
-def decode_wide(capability: int, head_dim: int, features: int, signs: int, batch: int) -> dict[str, dict[str, int]]:
+MOST_PARTS = 128
+"""Parts of one head's sum that decode_step_triton adds up at once."""
+
+
+def decode_wide(
+    capability: int, head_dim: int, features: int, batch: int, states: int, readers: int
+) -> dict[str, dict[str, int]]:
     """Features a program, sequences a program, and warps, of the kernels of decode_wide_triton and of their reader.
 
-    Few sequences are multiplied one by one. Sums over a tile of the state cross warps: more of them, or smaller tiles,
-    were slower.
+    features: all of a head; states: of all sequences; readers: query heads a state. One or two sequences are multiplied
+    one by one. Of the state a program goes over EACH tiles of BF features, more where that leaves programs enough: sums
+    over a tile cross warps. A tile times all its readers, and the next tile, have to fit into registers.
     """
-    tile = 16 if capability == 0 else 32
-    few = 1 << (batch - 1).bit_length()
-    one_by_one = few <= 4
+    one_by_one = batch <= 2
+    many = states >= 64
+    tile, programs = (32, 1024) if many else (16, 256)
+    tile = max(1, min(tile, 128 >> (readers - 1).bit_length()))
+    each = 1 << (max(1, min(8, states * features // (tile * programs))).bit_length() - 1)
+    while features > MOST_PARTS * tile * each:
+        each *= 2
+    if capability == 0:
+        tile, each = 16, 2
     return {
-        "features": {"BF": 2 * tile if one_by_one else tile, "ROWS": few if one_by_one else 16, "num_warps": 4},
-        "state": {"BF": 2 * tile // signs, "num_warps": 8 if head_dim > 128 else 4},
-        "step": {"BV": _tile(head_dim, 64 if batch > 1 else 32), "num_warps": 4},
+        "features": {
+            "BF": 64 if capability else 32 if one_by_one else 16,
+            "ROWS": batch if one_by_one else 16,
+            "num_warps": 2 if batch == 1 else 4,
+        },
+        "state": {"BF": tile, "EACH": each, "num_warps": max(1, _tile(head_dim, 256) // 32)},
+        "step": {"BV": _tile(head_dim, 128 if many else 64), "num_warps": 4},
     }
+
+
+def decode_own(capability: int, head_dim: int, channels: int, batch: int, dtype: torch.dtype) -> dict[str, int]:
+    """Channels of a head BD, inputs BC, sequences of a program, warps and stages of decode_own_triton.own_kernel.
+
+    dtype: of the projections' weights.
+    """
+    if batch == 1:
+        most = 32 if capability == 0 else 2048
+        return {"BD": 2, "BC": _tile(channels, most), "ROWS": 1, "num_warps": 4, "num_stages": 1}
+    most = 32 if capability == 0 else 512 if capability >= 90 and dtype != torch.float32 else 256
+    stages = 3 if capability >= 90 else 2
+    return {"BD": 16, "BC": _tile(channels, most), "ROWS": 16, "num_warps": 4, "num_stages": stages}
 
 
 def blend_rows(width: int) -> dict[str, int]:
@@ -247,7 +277,9 @@ def gated_map_chunk(capability: int, dtype: torch.dtype) -> int:
 
 def gated_map_slice(capability: int) -> int:
     """Bytes of features, states and pairs that are held at a time, where one key-value head does not need more."""
-    return 1 << 16 if capability == 0 else 1 << 30
+    if capability == 0:
+        return 1 << 16
+    return 1 << 31 if capability in (90, 100, 103) else 1 << 30  # cards of 80 GB and more
 
 
 def _roomy(capability: int, dtype: torch.dtype) -> bool:
@@ -255,11 +287,21 @@ def _roomy(capability: int, dtype: torch.dtype) -> bool:
     return capability in (90, 100, 103) and dtype == torch.bfloat16
 
 
-def gated_map_features(capability: int, width: int, size: int, dtype: torch.dtype) -> dict[str, int]:
-    """Tiles, warps and stages of gated_map_features_triton.features_kernel."""
+def gated_map_sums(capability: int, width: int, size: int, dtype: torch.dtype) -> dict[str, int]:
+    """Tiles, warps and stages of gated_map_features_triton.log_sum_kernel."""
     if capability == 0 or dtype == torch.float32:
         return {"ROWS": 16 if capability == 0 else 32, "BF": _tile(width, 32), "num_warps": 4, "num_stages": 1}
-    return {"ROWS": 64, "BF": _tile(width, 128), "num_warps": 8, "num_stages": 1}
+    return {"ROWS": 128, "BF": _tile(width, 64), "num_warps": 4, "num_stages": 1}
+
+
+def gated_map_features(capability: int, width: int, size: int, dtype: torch.dtype) -> dict[str, int]:
+    """Tiles, tiles of a program, warps and stages of gated_map_features_triton.features_kernel."""
+    if capability == 0:
+        return {"ROWS": 16, "BF": _tile(width, 32), "SPAN": 2, "num_warps": 4, "num_stages": 1}
+    if dtype == torch.float32:
+        return {"ROWS": 32, "BF": _tile(width, 32), "SPAN": 1, "num_warps": 4, "num_stages": 1}
+    tile = _tile(width, 128)
+    return {"ROWS": 64, "BF": tile, "SPAN": min(4, -(-width // tile)), "num_warps": 4, "num_stages": 1}
 
 
 def gated_map_scan(capability: int, features: int, values: int, dtype: torch.dtype, *, reverse: bool) -> dict[str, int]:
@@ -300,7 +342,7 @@ def gated_map_dq(capability: int, width: int, values: int, dtype: torch.dtype) -
         return {"BF": _tile(width, 32), "SPAN": 2, "num_warps": 4, "num_stages": 1}
     if not _roomy(capability, dtype) or values > 128:
         return {"BF": _tile(width, 32), "SPAN": 1, "num_warps": 8, "num_stages": 1}
-    span, stages = (2, 1) if values > 64 else (4, 2)
+    span, stages = (4, 2) if values <= 64 else (8 if width >= 2048 else 2, 1)
     tile = _tile(width, 64)
     return {"BF": tile, "SPAN": min(span, -(-width // tile)), "num_warps": 4, "num_stages": stages}
 

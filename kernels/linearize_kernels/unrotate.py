@@ -21,21 +21,52 @@ def unrotate(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, *, backend: 
     Raises:
         ValueError: shapes that do not belong together, or a backend that cannot serve.
     """
+    _check(x, cos, sin)
+    if pick(backend, x, cos, sin) == "triton":
+        from .unrotate_triton import unrotate_op
+
+        x, cos, sin = (y if y.stride(-1) == 1 else y.contiguous() for y in (x, cos, sin))
+        found: torch.Tensor = unrotate_op(x, cos.detach(), sin.detach(), None, 1.0)
+        return found
+    return _turned_back(x, cos, sin).to(x.dtype).transpose(1, 2).contiguous().transpose(1, 2)
+
+
+def unrotate_and_add(
+    x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, own: torch.Tensor, factor: float, *, backend: str = "auto"
+) -> torch.Tensor:
+    """unrotate(x) + factor * own in one pass, rounded once.
+
+    Args:
+        own: [B, H, T, D], any strides and float dtype.
+
+    Other arguments, the result and errors are those of `unrotate`.
+    """
+    _check(x, cos, sin)
+    if own.shape != x.shape:
+        raise ValueError(f"own {tuple(own.shape)} is not of the shape of x {tuple(x.shape)}")
+    if pick(backend, x, cos, sin, own) == "triton":
+        from .unrotate_triton import unrotate_op
+
+        x, cos, sin, own = (y if y.stride(-1) == 1 else y.contiguous() for y in (x, cos, sin, own))
+        found: torch.Tensor = unrotate_op(x, cos.detach(), sin.detach(), own, factor)
+        return found
+    back = _turned_back(x, cos, sin)
+    return (back + factor * own.to(back.dtype)).to(x.dtype).transpose(1, 2).contiguous().transpose(1, 2)
+
+
+def _check(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> None:
     batch, _, length, width = x.shape
     turned = cos.shape[-1]
     if cos.shape != sin.shape or cos.shape[:2] not in ((batch, length), (1, length)) or turned % 2 or turned > width:
         raise ValueError(
             f"x {tuple(x.shape)}, cos {tuple(cos.shape)} and sin {tuple(sin.shape)} do not belong together"
         )
-    if pick(backend, x, cos, sin) == "triton":
-        from .unrotate_triton import unrotate_op
 
-        x, cos, sin = (y if y.stride(-1) == 1 else y.contiguous() for y in (x, cos, sin))
-        found: torch.Tensor = unrotate_op(x, cos.detach(), sin.detach())
-        return found
-    wide = torch.promote_types(x.dtype, torch.float32)
+
+def _turned_back(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
+    """The definition, in float32 at least."""
+    wide, turned = torch.promote_types(x.dtype, torch.float32), cos.shape[-1]
     cos, sin = cos.to(wide).unsqueeze(1), sin.to(wide).unsqueeze(1)
     first, second = x[..., :turned].to(wide).chunk(2, dim=-1)
     back = (x[..., :turned].to(wide) * cos + torch.cat((second, -first), dim=-1) * sin) / (cos.square() + sin.square())
-    made = torch.cat((back.to(x.dtype), x[..., turned:]), dim=-1)
-    return made.transpose(1, 2).contiguous().transpose(1, 2)
+    return torch.cat((back, x[..., turned:].to(wide)), dim=-1)

@@ -107,9 +107,17 @@ class OwnProjection(nn.Module):
         """Zero: the teacher's own queries and keys are where learning starts."""
         return {"weight": torch.zeros(self.weight.shape)}
 
+    @property
+    def factor(self) -> float:
+        """1 / sqrt(C)."""
+        return float(self.weight.shape[1] ** -0.5)
+
+    def products(self, x: torch.Tensor) -> torch.Tensor:
+        """x W_h^T, not divided yet, in x's dtype."""
+        return nnf.linear(x, self.weight.to(x.dtype)).unflatten(-1, (self.heads, -1)).transpose(1, 2)
+
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        found = nnf.linear(x, self.weight.to(x.dtype)) * x.shape[-1] ** -0.5
-        return found.unflatten(-1, (self.heads, -1)).transpose(1, 2)
+        return self.products(x) * self.factor
 
 
 class FeatureMap(nn.Module):

@@ -14,11 +14,12 @@ import torch
 import torch.nn.functional as nnf
 from torch import Tensor
 
+from .feature_maps import OwnProjection
 from .layout import Layout
 from .mixer_state import MixerState, take
 
 try:
-    from linearize_kernels.unrotate import unrotate
+    from linearize_kernels.unrotate import unrotate, unrotate_and_add
 except ImportError:  # an exported model beside an older linearize, or beside none
     unrotate = None  # type: ignore[assignment]
 
@@ -53,6 +54,8 @@ class Tokens:
     """Whether the sequences begin here, and not in a cache."""
     region: Any = None
     """Where the new tokens lie behind the ring's; None: there is nothing before them."""
+    known_inputs: Tensor | None = None
+    """See `precise_inputs`."""
 
     # ------------------------------------------------------------------------------------------------------- rows
 
@@ -89,9 +92,15 @@ class Tokens:
         """float32, as gates and maps are computed outside the ops; float64 stays."""
         return x if x.dtype == torch.float64 else x.float()
 
+    def precise_inputs(self) -> Tensor:
+        """The layer's input in float32, made once."""
+        if self.known_inputs is None:
+            self.known_inputs = self.precise(self.inputs)
+        return self.known_inputs
+
     def gate(self, mixer: Mixer) -> Tensor:
         """What a learned mix reads from the input [N, H, L]."""
-        found = mixer.gate(self.precise(self.inputs))
+        found = mixer.gate(self.precise_inputs())
         assert found is not None
         return found
 
@@ -103,19 +112,29 @@ class Tokens:
         if not spec.own_qk and self.rotation is not None and unrotate is not None:
             q, k = (unrotate(x, *self.rotation, backend=mixer.backend) for x in (self.q, self.k))
             return q, k
-        q, k, rotation = self.precise(self.q), self.precise(self.k), self.rotation
-        if not spec.rope and rotation is not None and unrotate is not None:
-            q, k = (unrotate(x, *rotation, backend=mixer.backend) for x in (q, k))
-            rotation = None
-        q, k = mixer.linear_qk(q, k, self.precise(self.inputs), rotation)
-        return q.to(self.q.dtype), k.to(self.k.dtype)
+        if (spec.rope and self.rotation is not None) or unrotate is None:
+            q, k = self.precise(self.q), self.precise(self.k)
+            q, k = mixer.linear_qk(q, k, self.precise_inputs(), self.rotation)
+            return q.to(self.q.dtype), k.to(self.k.dtype)
+        # Own projections are as large as the teacher's, and multiply in the same dtype; sums are float32, rounded once.
+        inputs = self.inputs.to(self.q.dtype)
+        groups = mixer.state_heads // mixer.num_kv_heads
+        k = self.k if groups == 1 else self.k.repeat_interleave(groups, dim=1)
+        return self._with_own(mixer, self.q, mixer.q_own, inputs), self._with_own(mixer, k, mixer.k_own, inputs)
+
+    def _with_own(self, mixer: Mixer, x: Tensor, projection: OwnProjection, inputs: Tensor) -> Tensor:
+        """x [N, H, L, D], turned back where there is a rotation, and what its own projection adds; x's dtype."""
+        own = projection.products(inputs)
+        if self.rotation is None:
+            return torch.add(x, own, alpha=projection.factor)
+        return unrotate_and_add(x, *self.rotation, own, projection.factor, backend=mixer.backend)
 
     def gates(self, mixer: Mixer) -> tuple[Tensor | None, Tensor | None]:
         """Log decay, [S] where it is fixed, and write strength; float32, None where the spec has none."""
         spec, beta = mixer.spec, None
         if spec.decay == "fixed" and spec.write == "add":
             return mixer.decay.log_gamma.float(), None
-        inputs, key = self.precise(self.inputs), self.k
+        inputs, key = self.precise_inputs(), self.k
         if spec.decay == "key":
             _, key = mixer.linear_qk(self.precise(self.q), self.precise(self.k), inputs, self.rotation)
         g, beta = mixer.gates(inputs, key)

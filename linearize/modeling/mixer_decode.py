@@ -18,6 +18,10 @@ try:
     from linearize_kernels.decode import StepRule, decode_step, unable
 except ImportError:  # an exported model without linearize
     pick = decode_step = None  # type: ignore[assignment]
+try:
+    from linearize_kernels.decode import PROJECTS
+except ImportError:  # or with an older one
+    PROJECTS = False
 
 if TYPE_CHECKING:
     from .mixer import Mixer
@@ -25,7 +29,7 @@ if TYPE_CHECKING:
 
 @lru_cache(maxsize=64)
 def step_rule(spec: MixerSpec, head_dim: int, state_heads: int, scaling: float, rotated: bool) -> Any:
-    """The kernel's rule for a mixer; rotated: whether queries and keys come with a rotation to undo."""
+    """The kernel's rule for a mixer; rotated: whether it is given queries and keys with a rotation to undo."""
     learned = spec.feature_map in LEARNED_MAPS
     return StepRule(
         feature_map=spec.feature_map,
@@ -39,7 +43,7 @@ def step_rule(spec: MixerSpec, head_dim: int, state_heads: int, scaling: float, 
         window=spec.window,
         sinks=spec.sinks,
         lagged=spec.lagged,
-        unrotate=rotated and not spec.rope and not spec.own_qk and spec.write != "none",
+        unrotate=rotated and not spec.rope and spec.write != "none",
         dt_gain=spec.dt_gain,
         negative_eigenvalues=spec.negative_eigenvalues,
         window_weight=float(spec.window_weight),
@@ -86,11 +90,16 @@ def decode_token(
     spec, own = mixer.spec, None
     # The kernel pairs the channels of a whole head; of one that is rotated in part, the rotation is undone here.
     partly = rotation is not None and rotation[0].shape[-1] != mixer.head_dim
-    rule = step_rule(spec, mixer.head_dim, mixer.state_heads, mixer.scaling, rotation is not None and not partly)
-    if spec.own_qk or (partly and not spec.rope and spec.write != "none"):
+    # Its projections are of unrotated vectors.
+    projects = spec.own_qk and PROJECTS and not partly and not (spec.rope and rotation is not None)
+    weights = step_weights(mixer)
+    if projects:
+        weights |= {"q_own": mixer.q_own.weight, "k_own": mixer.k_own.weight}
+    elif spec.own_qk or (partly and not spec.rope and spec.write != "none"):
         found = mixer.linear_qk(q.float(), k.float(), inputs.float(), rotation)
         own = tuple(x.squeeze(2).contiguous() for x in found)
-    weights = step_weights(mixer)
+    rotated = rotation is not None and own is None
+    rule = step_rule(spec, mixer.head_dim, mixer.state_heads, mixer.scaling, rotated)
     if spec.decay == "channel":
         weights["decay"] = mixer.decay(inputs.float(), k).squeeze(2).contiguous()
     out = decode_step(

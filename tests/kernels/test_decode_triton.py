@@ -166,6 +166,32 @@ def test_wide_maps(name: str, batch: int, monkeypatch: pytest.MonkeyPatch) -> No
 
 
 @pytest.mark.parametrize(
+    ("changes", "turned", "inside"),
+    [
+        ({"feature_dim": 6}, 12, True),  # a map that is read at once
+        ({"state_heads": "query"}, 12, True),  # two states a key head
+        ({}, 4, False),  # RoPE on a part of the head
+        ({"rope": True}, 12, False),  # what a projection makes has to be rotated, too
+    ],
+)
+@torch.no_grad()
+def test_own_projections(changes: dict[str, Any], turned: int, inside: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """In a launch of their own, where the kernel can undo the rotation; else in torch."""
+    from linearize_kernels import decode_triton
+
+    made = []
+    own_heads = decode_triton.own_heads
+    monkeypatch.setattr(
+        decode_triton, "own_heads", lambda *given, **sizes: made.append(1) or own_heads(*given, **sizes)
+    )
+    monkeypatch.setattr(decode, "WIDE", 32)
+    mixer, x = build(replace(WIDE_SPECS["wide-codes"][0], **changes), 4, 2, 12), tokens(5, 2, 4, 2, 12)
+    x |= {name: x[name][..., : turned // 2].repeat(1, 1, 2) for name in ("cos", "sin")}
+    compare(mixer, x, (1, 3), monkeypatch)
+    assert len(made) == (3 if inside else 0)  # one a step
+
+
+@pytest.mark.parametrize(
     ("changes", "heads", "kv_heads", "width"),
     [({}, 4, 2, 12), ({"feature_map": "elu", "feature_dim": None, "window": 5}, 3, 1, 6),
      ({"feature_map": "hedgehog_exp", "feature_dim": 20, "window": 17}, 1, 1, 16)],

@@ -124,6 +124,7 @@ def unmapped(heads: tuple[int, int, int], length: int, size: int, width: int, *,
         *((name, (4, 4, 2), 128, 64) for name in ("hedgehog_exp", "hedgehog_softmax", "crelu")),
         # Four query heads share a state, of 1024 features a sign.
         *(("hedgehog_exp", (8, 2, 2), size, 1024) for size in (64, 128)),
+        ("learned_softmax", (8, 2, 2), 128, 2048),
     ],
 )
 def test_maps_inside_are_as_good_as_torchs(name: str, heads: tuple[int, int, int], size: int, width: int) -> None:

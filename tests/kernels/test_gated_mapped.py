@@ -148,10 +148,52 @@ def test_features_at_their_floor_have_no_slope(name: str) -> None:
 
 
 @pytest.mark.usefixtures("interpreter")
-def test_packed_sequences_are_each_alone() -> None:
-    x = made("hedgehog_exp", length=33, norm=True)
+def test_rows_beside_such_queries_are_spared_a_sum() -> None:
+    """Denominators are near floors in the first chunk alone, so that later ones take the sums that are known."""
+    x = made("learned_softmax", heads=(2, 1, 1), length=37, width=32, norm=True) | {"state": None}
+    side = torch.where(torch.arange(32) < 16, 1.0, -1.0).double()
+    for of, sign in (("q", 1.0), ("k", -1.0)):
+        x[f"{of}_weight"][:, 0] = 14.0 * side
+        x[of][..., 0] = torch.where(torch.arange(37) < 16, sign, x[of][..., 0].sign() * 0.05)
+    fq, fk = (map_features(x[n], x[f"{n}_weight"], x[f"{n}_bias"], "learned_softmax") for n in ("q", "k"))
+    den = torch.einsum("bhif,bhjf,ij->bhi", fq, fk.expand(-1, 2, -1, -1), torch.ones(37, 37).double().tril())
+    assert (den[..., :16] < 1e-6).all() and (den[..., 20:] > 1e-2).all()
+    compare(x, map="learned_softmax", normaliser="own")
+
+
+@pytest.mark.usefixtures("interpreter")
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
+@pytest.mark.parametrize("name", ["learned_softmax", "relu"])
+def test_the_op_is_what_it_says(name: str, dtype: torch.dtype) -> None:
+    """Schema, fake outputs and autograd, with what a softmax keeps for its gradients and without."""
+    from linearize_kernels.gated_map_triton import mapped_gated_linear_op
+
+    x = made(name, length=5, heads=(2, 1, 1), size=8, values=8, width=16, norm=True)
+    wide = ("log_decay", "q_bias", "k_bias", "state")
+    given = [None if t is None else t.to(torch.float32 if n in wide else dtype) for n, t in x.items()]
+    tests = ("test_schema", "test_faketensor", "test_autograd_registration")
+    torch.library.opcheck(mapped_gated_linear_op, (*given, None, name, 1.0, True, True, True), test_utils=tests)
+
+
+@pytest.mark.usefixtures("interpreter")
+def test_what_rounding_takes_off_is_kept_for_training() -> None:
+    from linearize_kernels.gated_map_triton import mapped_gated_linear_op
+
+    x = {name: None if t is None else t.float() for name, t in made("learned_softmax", norm=True).items()}
+    x |= {name: x[name].half() for name in ("q", "k", "v", "q_weight", "k_weight")}
+    given = [*(x[name] for name in list(x)), None, "learned_softmax", 1.0, True, False]
+    out, *_, rest = mapped_gated_linear_op(*given, True)
+    assert rest.stride() == out.stride() and rest.dtype == out.dtype and rest.any()
+    assert torch.equal((out.float() + rest.float()).half(), out)
+    assert mapped_gated_linear_op(*given, False)[-1].numel() == 0
+
+
+@pytest.mark.usefixtures("interpreter")
+@pytest.mark.parametrize("name", ["hedgehog_exp", "learned_softmax"])
+def test_packed_sequences_are_each_alone(name: str) -> None:
+    x = made(name, length=33, norm=True)
     x["state"] = x["state"].expand(3, -1, -1, -1) * torch.arange(1, 4)[:, None, None, None]
-    compare(x, normaliser="own", cu_seqlens=torch.tensor([0, 18, 18, 33]))
+    compare(x, map=name, normaliser="own", cu_seqlens=torch.tensor([0, 18, 18, 33]))
 
 
 def test_other_decays_and_lags_are_served_from_features() -> None:

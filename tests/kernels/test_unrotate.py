@@ -7,7 +7,7 @@ import torch
 
 from linearize.modeling import rotary
 from linearize_kernels.backend import HAS_TRITON
-from linearize_kernels.unrotate import unrotate
+from linearize_kernels.unrotate import unrotate, unrotate_and_add
 
 SIZES = [(1, 1, 1, 16, 16), (2, 3, 5, 8, 8), (1, 4, 70, 64, 64), (2, 2, 33, 96, 32), (1, 2, 9, 20, 6)]
 
@@ -45,6 +45,23 @@ def test_output_and_gradient(size: tuple[int, ...], kernel_device: str) -> None:
     assert torch.allclose(found.double(), theirs, atol=1e-6)
 
 
+@pytest.mark.skipif(not HAS_TRITON, reason="needs triton")
+@pytest.mark.parametrize("size", SIZES)
+def test_something_is_added_on_the_way(size: tuple[int, ...], kernel_device: str) -> None:
+    x, cos, sin = (y.to(kernel_device) for y in drawn(*size))
+    own = torch.randn(size[0], size[2], size[1], size[3]).to(kernel_device).transpose(1, 2)
+    exact = [y.double().requires_grad_() for y in (x, own)]
+    want = unrotate_and_add(exact[0], cos.double(), sin.double(), exact[1], 0.3, backend="torch")
+    assert torch.allclose(want, unrotate(exact[0], cos.double(), sin.double(), backend="torch") + 0.3 * exact[1])
+    ours = [y.clone().requires_grad_() for y in (x, own)]
+    got = unrotate_and_add(ours[0], cos, sin, ours[1], 0.3, backend="triton")
+    assert torch.allclose(got.double(), want, atol=1e-6)
+    upstream = torch.randn_like(got)
+    theirs = torch.autograd.grad(want, exact, upstream.double())
+    for found, right in zip(torch.autograd.grad(got, ours, upstream), theirs, strict=True):
+        assert torch.allclose(found.double(), right, atol=1e-6)
+
+
 def test_what_does_not_belong_together() -> None:
     x, cos, sin = drawn(2, 2, 3, 8, 8)
     for bad in (
@@ -55,6 +72,8 @@ def test_what_does_not_belong_together() -> None:
     ):
         with pytest.raises(ValueError, match="do not belong together"):
             unrotate(*bad)
+    with pytest.raises(ValueError, match="not of the shape"):
+        unrotate_and_add(x, cos, sin, x[:1], 1.0)
 
 
 @pytest.mark.skipif(not HAS_TRITON, reason="needs triton")
@@ -62,7 +81,8 @@ def test_the_graph_stays_whole(kernel_device: str) -> None:
     from linearize_kernels.unrotate_triton import unrotate_op
 
     x, cos, sin = (y.to(kernel_device) for y in drawn(2, 2, 5, 16, 16))
-    torch.library.opcheck(unrotate_op, (x.requires_grad_(), cos, sin))
+    for own in (None, torch.randn_like(x)):
+        torch.library.opcheck(unrotate_op, (x.requires_grad_(), cos, sin, own, 0.5))
 
 
 @pytest.mark.gpu
