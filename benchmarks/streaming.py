@@ -7,9 +7,10 @@
 
 Writes FOLDER/teacher (a Llama, shard by shard, never held as a whole, with the demo's tokenizer), converts it in a
 process of its own into FOLDER/out, and prints one row: sizes, times, the most resident memory of that process and all
-that it started, as the kernel counts it, and with a GPU the most memory of it. What is in FOLDER afterwards is yours to
-remove. `--way`: `stream`, a layer at a time and aligned alone; `whole`, the ordinary way; `8` and `4`, that way with
-frozen weights in so many bits. All but `stream` finetune adapters on as many tokens.
+that it started, as the kernel counts it, and with a GPU the most memory of it: all that was in use, by whomever, and
+what the converting process allocated. What is in FOLDER afterwards is yours to remove. `--way`: `stream`, a layer at a
+time and aligned alone; `whole`, the ordinary way; `8` and `4`, that way with frozen weights in so many bits. All but
+`stream` finetune adapters on as many tokens.
 """
 
 from __future__ import annotations
@@ -50,6 +51,24 @@ WAYS = {
 }
 ROOT = Path(__file__).resolve().parent.parent
 SAMPLE_SECONDS = 0.2
+COUNTED = """
+import sys
+from pathlib import Path
+from linearize_cli.app import main
+
+if sys.argv[2] == "unloaded":
+    from linearize.convert import pipeline, stream_convert
+
+    for module in (pipeline, stream_convert):
+        module.verify_export = lambda *args, **kwargs: {}
+code = main(sys.argv[3:])
+import torch
+
+Path(sys.argv[1]).write_text(str(torch.cuda.max_memory_allocated()))
+sys.exit(code)
+"""
+"""The command line, with or without the fresh processes that load an export (the second argument); then the most bytes
+that torch had allocated on the GPU, into the file of the first."""
 
 
 def make_teacher(
@@ -100,18 +119,22 @@ def _parts(rows: int, most: int = 4096) -> list[int]:
     return [min(most, rows - begin) for begin in range(0, rows, most)]
 
 
-def convert(teacher: Path, out: Path, options: list[str], *, recipe: str, limit: float) -> dict[str, Any]:
+def convert(
+    teacher: Path, out: Path, options: list[str], *, recipe: str, limit: float, loaded: bool = True
+) -> dict[str, Any]:
     """Convert in a process of its own; its report, with `seconds_all`, `peak_alone_bytes` of it, `peak_bytes` of it and
-    its children, and `peak_gpu_bytes` of the GPU that `options` name.
+    its children, and of the GPU that `options` name `peak_gpu_bytes` in use and `peak_allocated_bytes` by it alone.
+    `loaded`: whether fresh processes load the export.
 
     Raises:
         RuntimeError: it failed, or took longer than `limit` seconds.
     """
-    command = [sys.executable, "-m", "linearize_cli", "convert", str(teacher), str(out), "--recipe", recipe,
-               "--data", "demo", "--json", *options]  # fmt: skip
-    paths = os.pathsep.join(str(ROOT / part) for part in (".", "kernels", "cli"))
+    gpu, counted = "device=cuda" in options, out.with_suffix(".gpu")
+    command = [sys.executable, "-c", COUNTED, str(counted), "loaded" if loaded else "unloaded", "convert",
+               str(teacher), str(out), "--recipe", recipe, "--data", "demo", "--json", *options]  # fmt: skip
+    known = [path for path in os.environ.get("PYTHONPATH", "").split(os.pathsep) if path]
+    paths = os.pathsep.join([*(str(ROOT / part) for part in (".", "kernels", "cli")), *known])
     begin, peak, alone, gpu_peak = time.monotonic(), 0, 0, 0
-    gpu = "device=cuda" in options
     torch.cuda.empty_cache()
     before = gpu_bytes() if gpu else 0
     log = out.with_suffix(".log")
@@ -133,6 +156,7 @@ def convert(teacher: Path, out: Path, options: list[str], *, recipe: str, limit:
         raise RuntimeError(log.read_text().strip().splitlines()[-1] if log.stat().st_size else "it died")
     report: dict[str, Any] = json.loads(out.with_suffix(".json").read_text())
     peaks = {"peak_bytes": peak, "peak_alone_bytes": alone, "peak_gpu_bytes": gpu_peak}
+    peaks["peak_allocated_bytes"] = int(counted.read_text()) if gpu else 0
     return report | peaks | {"seconds_all": time.monotonic() - begin}
 
 
@@ -177,37 +201,45 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--batch-tokens", default="1024", help="of one step: with more, activations outweigh weights")
     parser.add_argument("--context", default="256")
     parser.add_argument("--device", default="cpu")
+    parser.add_argument("--teacher", type=Path, help="a checkpoint that was made by this before, instead of a new one")
+    parser.add_argument("--unloaded", action="store_true", help="without the fresh processes that load the export")
     parser.add_argument("--limit", type=float, default=7200, help="seconds that the conversion may take")
     chosen = parser.parse_args(arguments)
-    teacher, out = chosen.folder / "teacher", chosen.folder / "out"
+    teacher, out = chosen.teacher or chosen.folder / "teacher", chosen.folder / "out"
+    shape = {name: getattr(chosen, name) or value for name, value in SIZES[chosen.size].items()}
     try:
-        require_empty(teacher)
-        shape = {name: getattr(chosen, name) or value for name, value in SIZES[chosen.size].items()}
-        size = make_teacher(teacher, **shape, device=chosen.device)
+        if chosen.teacher is None:
+            require_empty(teacher)
+            make_teacher(teacher, **shape, device=chosen.device)
+        chosen.folder.mkdir(parents=True, exist_ok=True)
         finetuned = 0 if chosen.way == "stream" else chosen.tokens
         options = [f"context={chosen.context}", f"device={chosen.device}", f"align.tokens={chosen.tokens}",
                    f"finetune.tokens={finetuned}"]  # fmt: skip
         options += [f"{stage}.batch_tokens={chosen.batch_tokens}" for stage in STAGES]
-        report = convert(teacher, out, [*options, *WAYS[chosen.way]], recipe=chosen.recipe, limit=chosen.limit)
+        how: dict[str, Any] = {"recipe": chosen.recipe, "limit": chosen.limit, "loaded": not chosen.unloaded}
+        report = convert(teacher, out, [*options, *WAYS[chosen.way]], **how)
     except (LinearizeError, RuntimeError) as error:
         print(error, file=sys.stderr)
         return 1
     found = versions()
     row = {
         "way": chosen.way,
-        "layers": shape["layers"],
-        "checkpoint GB": round(size / 1e9, 2),
+        "layers": len(report["layers"]),
+        "checkpoint GB": round(sum(path.stat().st_size for path in teacher.glob("*.safetensors")) / 1e9, 2),
         "export GB": round(sum(path.stat().st_size for path in out.glob("*.safetensors")) / 1e9, 2),
         "peak GB": round(report["peak_bytes"] / 1e9, 2),
         "peak GB without its children": round(report["peak_alone_bytes"] / 1e9, 2),
         "peak GB of the GPU": round(report["peak_gpu_bytes"] / 1e9, 2) if report["peak_gpu_bytes"] else None,
+        "of which allocated": round(report["peak_allocated_bytes"] / 1e9, 2) if report["peak_gpu_bytes"] else None,
         "seconds": round(report["seconds_all"]),
         "of which": {name: round(value) for name, value in report["seconds"].items()},
         "tokens": report["stages"]["align"]["tokens"],
         "recipe": chosen.recipe,
-        "logit difference when read back": max(way["max_abs_difference"] for way in report["verification"].values()),
+        "logit difference when read back": max(
+            (way["max_abs_difference"] for way in report["verification"].values()), default=None
+        ),
         "merge error": report["merge_error"],
-        "machine": machine(),
+        "machine": machine() + (f", {torch.cuda.get_device_name(0)}" if chosen.device.startswith("cuda") else ""),
         "versions": {name: found[name] for name in ("python", "torch", "transformers") if name in found},
         "date": date.today().isoformat(),
     }

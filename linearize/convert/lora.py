@@ -79,6 +79,7 @@ def inject(student: Any, lora: Lora, *, seed: int) -> dict[str, nn.Parameter]:
     adapters = {name: p for name, p in student.named_parameters() if ".lora_" in name}
     with torch.no_grad():
         for name, parameter in adapters.items():
+            parameter.data = parameter.data.float()  # peft makes them of the base's type, or of the one it computes in
             if ".lora_B." in name:
                 parameter.zero_()
                 continue

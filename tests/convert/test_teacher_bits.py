@@ -323,11 +323,54 @@ def test_of_every_kind_of_family_what_is_frozen_comes_back(
 
 
 @needs
+def test_with_products_in_bfloat16_as_on_a_gpu(
+    folder: Path, text_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What is trained beside 4 bits is float32 there too, and is put back beside the checkpoint's own weights."""
+    from linearize.artifacts import quantised
+    from linearize.convert import align, finetune, finetune_loss
+
+    unverified(monkeypatch)
+    for module in (align, finetune_loss):
+        mixed = torch.autocast("cpu", dtype=torch.bfloat16, cache_enabled=False)
+        monkeypatch.setattr(module, "autocast", lambda device, mixed=mixed: mixed)
+    plain, prepare = quantised.quantised_loading, finetune.prepare
+
+    def loading(bits: int, device: torch.device) -> dict[str, Any]:
+        how = plain(bits, device)
+        how["quantization_config"].bnb_4bit_compute_dtype = torch.bfloat16
+        return how
+
+    trained = []
+
+    def prepared(*args: Any, **kwargs: Any) -> Any:
+        trained.append(prepare(*args, **kwargs))
+        return trained[-1]
+
+    monkeypatch.setattr(quantised, "quantised_loading", loading)
+    monkeypatch.setattr(pipeline, "prepare", prepared)
+    report = convert(folder, tmp_path / "out", recipe="lolcats", data=str(text_file), teacher_bits=4, overrides=SMALL)
+    (found,) = trained
+    assert found.adapters and {p.dtype for p in found.parameters.values()} == {torch.float32}
+    assert 0 < report["merge_error"]["quantised"]["mean"] < 1
+    before, after = weights(folder), weights(tmp_path / "out")
+    assert all(torch.equal(before[name], after[name]) for name in before if "self_attn" not in name)
+
+
+@needs
 @pytest.mark.gpu
 @pytest.mark.parametrize("bits", [4, 8])
 @pytest.mark.parametrize("recipe", ["lolcats", "pure"])
-def test_on_a_gpu(bits: int, recipe: str, build_llama: Callable[..., Path], text_file: Path, tmp_path: Path) -> None:
+def test_on_a_gpu(
+    bits: int,
+    recipe: str,
+    build_llama: Callable[..., Path],
+    text_file: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     """Whole conversions; the frozen side takes the memory that its bits say."""
+    unverified(monkeypatch)
     sizes: dict[str, Any] = {"hidden_size": 512, "intermediate_size": 4096, "num_attention_heads": 8}
     build_llama(tmp_path / "float", num_hidden_layers=4, max_position_embeddings=256, **sizes)
     model = load_model(tmp_path / "float", device="cpu", dtype="bfloat16")
