@@ -194,8 +194,10 @@ _CARD = (
     (r"sha256 `([0-9a-f]{12})\.\.\.`", ("data", "sha256"), "{:.12}"),
     (r"^- align: running mean of the training loss (\S+) at", ("figures", "stages", "align", "loss_first"), "{:.4g}"),
     (r"^- align: .* and (\S+) at the end", ("figures", "stages", "align", "loss_last"), "{:.4g}"),
+    (r"^- align: training loss (\S+) in its only", ("figures", "stages", "align", "loss_first"), "{:.4g}"),
     (r"^- finetune: running mean of the .* loss (\S+) at", ("figures", "stages", "finetune", "loss_first"), "{:.4g}"),
     (r"^- finetune: .* and (\S+) at the end", ("figures", "stages", "finetune", "loss_last"), "{:.4g}"),
+    (r"^- finetune: training loss (\S+) in its only", ("figures", "stages", "finetune", "loss_first"), "{:.4g}"),
     (r"moved a logit by (\S+) at most", ("figures", "merge_error", "cast", "max"), "{:.2g}"),
     (r"a logit differs by at most (\S+) from training's", ("figures", "merge_error", "quantised", "max"), "{:.2g}"),
 )  # fmt: skip
@@ -279,20 +281,45 @@ def _data(folder: Path, data: str | None, manifest: Mapping[str, Any], found: _F
     if not isinstance(size, int) or size < 1:
         found.add("data", [f"{folder / MANIFEST} does not say how much text was read"], "")
         return
-    from linearize.data import document_marks, load_source, pack, tokenize_documents
+    from linearize.data import load_source
 
     # Reading stops with the document that reaches the limit: the one with which the conversion stopped.
     texts, source = load_source(data, split="train" if data == "demo" else None, limit_bytes=size, packed=True)
     problems = []
     if source.sha256 != _at(stated, "sha256"):
         problems.append(f"{data} is not the text {name!r}: its first {source.bytes:,} bytes have another sha256")
-    context, digest = _at(manifest, "recipe", "context"), _at(stated, "windows_digest")
-    if not problems and isinstance(context, int) and isinstance(digest, str):
-        tokenizer = load_tokenizer(folder)
-        windows = pack(tokenize_documents(texts, tokenizer), context, **document_marks(tokenizer))
-        if hashlib.sha256(windows.tobytes()).hexdigest() != digest:
-            problems.append(f"{data} gives other tokens than those that were trained on: the tokenizer is another")
+    recipe, digest = manifest.get("recipe"), _at(stated, "windows_digest")
+    if not problems and isinstance(recipe, dict) and isinstance(digest, str):
+        try:
+            same = _windows_digest(folder, texts, recipe, name=str(name)) == digest
+        except (UsageError, RefusedError) as error:
+            problems.append(str(error))
+        else:
+            problems += [] if same else [
+                f"{data} gives other windows than those that were trained on: the tokenizer is another, or the recipe"
+            ]  # fmt: skip
     found.add("data", problems, f"{name}, {size:,} bytes, and the windows of tokens made of them")
+
+
+def _windows_digest(folder: Path, texts: list[str], recipe: Mapping[str, Any], *, name: str) -> str:
+    """sha256 of the windows that a conversion by `recipe` makes of `texts`, as its task cuts and changes them.
+
+    Raises:
+        UsageError, RefusedError: it would make none.
+    """
+    from linearize.convert.task import task_of  # only here: all else of artifacts is below the conversion
+    from linearize.data import documents_apart
+
+    context, share, seed = (recipe.get(key, 0) for key in ("context", "repeats", "seed"))
+    numbers = all(isinstance(value, (int, float)) for value in (context, share, seed))
+    if not (numbers and isinstance(context, int) and isinstance(seed, int) and context > 1):
+        raise UsageError(f"{folder / MANIFEST} does not say how the text was cut into windows")
+    tokenizer = load_tokenizer(folder)
+    task = task_of(build_config(folder), tokenizer, apart=documents_apart(name))
+    windows = task.windows(texts, tokenizer, context)
+    if share:
+        windows = task.repeated(windows, tokenizer, share, seed=seed)
+    return hashlib.sha256(windows.tobytes()).hexdigest()
 
 
 def _environment(manifest: Mapping[str, Any], found: _Findings) -> None:
