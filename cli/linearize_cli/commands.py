@@ -9,7 +9,7 @@ from typing import Annotated, Any
 
 import typer
 
-from linearize.errors import UsageError
+from linearize.errors import RefusedError, UsageError
 from linearize_cli import completion
 from linearize_cli.output import (
     make_progress,
@@ -21,6 +21,7 @@ from linearize_cli.output import (
     watching,
 )
 from linearize_cli.results import print_audit, print_conversion, print_inspection, print_plan
+from linearize_cli.terminal import print_text
 
 # Plain help: rich's would more than double the time that --help takes.
 app = typer.Typer(
@@ -62,6 +63,9 @@ Data = Annotated[
     ),
 ]
 Context = Annotated[int | None, typer.Option("--context", metavar="N", min=2, help="Tokens of one window.")]
+Windows = Annotated[
+    int | None, typer.Option("--max-windows", metavar="N", min=1, help="Read only the first N windows of the text.")
+]
 TeacherBits = Annotated[
     int | None,
     typer.Option("--teacher-bits", metavar="8|4", help="Hold TEACHER in so many bits. Needs bitsandbytes."),
@@ -98,7 +102,7 @@ def root(
         show_help(context)
 
 
-@app.command()
+@app.command(short_help="Show what a conversion would swap, and when it pays.")
 def inspect(
     model: Model,
     recipe: Annotated[str | None, _RECIPE] = None,
@@ -193,13 +197,15 @@ def convert(
     if "=" in out and not Path(out).exists():
         raise UsageError(f"OUT is missing: {out} reads like a recipe key", "linearize convert MODEL OUT key=value ...")
     chosen = load_recipe(recipe, overrides or ())
-    if plan and resume:
-        raise UsageError("--plan starts nothing, so there is nothing to --resume", "Leave out one of them.")
     if plan:
+        from linearize.convert.early import refuse_early
+
+        refuse_early(model, out, data, resume=resume)  # before torch and transformers, which take seconds to import
         with only_json(as_json):
             from linearize.convert.plan import make_plan
 
-            result = make_plan(model, recipe=chosen, data=data, out=out, stream=stream, teacher_bits=teacher_bits)
+            how: dict[str, Any] = {"stream": stream, "teacher_bits": teacher_bits, "resume": resume}
+            result = make_plan(model, recipe=chosen, data=data, out=out, **how)
         if as_json:
             return print_json(result)
         return print_plan(result, f"Plan: {model} to {out} with {chosen.name}")
@@ -212,8 +218,10 @@ def convert(
 
             more: dict[str, Any] = {"resume": resume, "progress": progress, "report_to": report_to, "stream": stream}
             result = run(model, out, recipe=chosen, data=data, teacher_bits=teacher_bits, **more)
-        except KeyboardInterrupt:
+        except (KeyboardInterrupt, RefusedError) as stop:
             progress.close()
+            if isinstance(stop, RefusedError) and not (_filled(stop) and _run_of(out)):
+                raise
             tracking = [] if report_to == "none" else ["--report-to", report_to]
             way = [] if stream is None else ["--stream" if stream else "--no-stream"]
             bits = [] if teacher_bits is None else ["--teacher-bits", str(teacher_bits)]
@@ -229,7 +237,7 @@ def convert(
     say(f"Next: {program()} {shlex.join([judge, out, '--against', model, '--data', data])}")
 
 
-@app.command()
+@app.command(short_help="Say what the linear branch is worth, beside the teacher.")
 def audit(
     out: Annotated[str, typer.Argument(metavar="OUT", help="A converted model.")],
     against: Teacher,
@@ -238,6 +246,7 @@ def audit(
     device: Device = "auto",
     dtype: Dtype = "auto",
     save: Annotated[bool, typer.Option("--save", help="Write the figures into OUT's card and manifest.")] = False,
+    max_windows: Windows = 64,
     teacher_bits: TeacherBits = None,
     revision: Revision = None,
     as_json: Json = False,
@@ -255,10 +264,13 @@ def audit(
     from linearize.artifacts.download import pin
 
     out = pin(out, revision)
+    if save and max_windows != 64:
+        raise UsageError("--max-windows: what --save writes is read from 64 windows", "Leave out one of the two.")
     with only_json(as_json), watching():
         from linearize.api import audit as run
 
-        how: dict[str, Any] = {"device": device, "dtype": dtype, "teacher_bits": teacher_bits}
+        how: dict[str, Any] = {"device": device, "dtype": dtype, "teacher_bits": teacher_bits,
+                               "max_windows": max_windows}  # fmt: skip
         result = run(out, against=against, data=data, context=context, save=save, **how)
     if as_json:
         return print_json(result)
@@ -299,12 +311,12 @@ def generate(
         )
     if as_json:
         return print_json(result)
-    print(result["text"])
+    print_text(result["text"])
     speed = f"{result['new_tokens']} tokens, {result['tokens_per_second']:.1f} a second"
     say(f"{speed}, {result['device']}, {result['dtype']}")
 
 
-@app.command()
+@app.command(short_help="Check this machine: what is missing, how to install it.")
 def doctor(as_json: Json = False) -> None:
     """Check this machine: what is installed, what is missing and how to install it, and whether the mixers compute.
 
@@ -335,10 +347,21 @@ def finish(result: dict[str, Any], as_json: bool, title: str) -> None:
         print_report(title, result)
 
 
-def _how_to_go_on(out: str, command: list[str]) -> str:
+def _filled(error: RefusedError) -> bool:
+    """Whether it was a full disk that ended a run: what was saved before is still there."""
+    from linearize.artifacts.atomic import is_disk_full
+
+    return isinstance(error.__cause__, Exception) and is_disk_full(error.__cause__)
+
+
+def _run_of(out: str) -> bool:
     # Looked up, not imported: importing torch is a poor answer to Ctrl-C, and without it nothing has been saved.
     checkpoint = sys.modules.get("linearize.convert.checkpoint")
-    if checkpoint is None or not checkpoint.run_folder(Path(out)).is_dir():
+    return checkpoint is not None and checkpoint.run_folder(Path(out)).is_dir()
+
+
+def _how_to_go_on(out: str, command: list[str]) -> str:
+    if not _run_of(out):
         return "Nothing was saved yet; run the same command again."
     return f"Go on with: {program()} {shlex.join([*command, '--resume'])}"
 

@@ -61,6 +61,9 @@ def print_plan(result: Mapping[str, Any], title: str) -> None:
         _line(target, f"streamed, one layer at a time; of the disk, {hidden} are hidden states while it runs")
     if result.get("teacher_bits"):
         _line(target, f"frozen weights are held in {result['teacher_bits']} bit while it trains; the export is exact")
+    if (again := result.get("resumes")) is not None:
+        where = f"layer {again['step']}" if result["streamed"] else f"step {again['step']}"
+        _line(target, f"goes on from {where} of {again['stage']}, if model and text are those that it was begun with")
     if result["dropped"]:
         _line(target, f"dropped keys: {figure('', list(result['dropped']))}")
     _print_layers(result["layers"], target)
@@ -88,7 +91,7 @@ def print_conversion(result: Mapping[str, Any], title: str, out: str) -> None:
         })  # fmt: skip
     if rows:
         print_table(rows, to=target)
-        _line(target, "Losses are running means over different batches.")
+        _line(target, "Losses are means over the first and over the last steps, which read different batches.")
     if result["mean_match"] is not None:
         share = figure("match", result["mean_match"])
         _line(target, f"After alignment the layers explain {share} of the teacher's attention outputs on average.")

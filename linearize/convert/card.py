@@ -180,6 +180,9 @@ def _figures(facts: Mapping[str, Any]) -> list[str]:
     for name in ("align", "finetune"):
         if name in facts["losses"]:
             first, last = facts["losses"][name]
+            if last is None:
+                lines.append(f"- {name}: training loss {first:.4g} in its only step")
+                continue
             lines.append(
                 f"- {name}: running mean of the training loss {first:.4g} at the start and {last:.4g} at the end, over "
                 "different batches"

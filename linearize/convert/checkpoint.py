@@ -31,8 +31,9 @@ from linearize.artifacts.atomic import atomic_directory, sha256, write_json
 from linearize.artifacts.weights import read_header, read_json, require_inside, require_regular
 from linearize.convert.early import LOCK, checkpoints, in_use, run_folder, sign_lock, unfinished
 from linearize.convert.optim import AnyOptimizer
-from linearize.convert.same_run import require_same
+from linearize.convert.same_run import how_asked, require_same
 from linearize.errors import RefusedError, UsageError
+from linearize.recipe import Recipe
 
 STAGES = ("align", "finetune")
 KEEP = 2
@@ -224,6 +225,28 @@ def record(run: Run) -> dict[str, Any]:
 def noted(path: Path) -> dict[str, Any]:
     """What the record in a run folder says, or nothing."""
     return _read_json(path / RUN, RECORD_CAP) or {}
+
+
+def begun_streaming(out: Path) -> bool | None:
+    """Whether the unfinished run of `out` streams its layers; None: it does not say."""
+    return {"yes": True, "no": False}.get(str(noted(run_folder(out)).get("streamed", "")))
+
+
+def saved_step(out: Path, *, recipe: Recipe, streamed: bool, teacher_bits: int | None) -> dict[str, Any] | None:
+    """The stage and step that a resume of `out` would go on from, by what the run folder says; None: it begins anew.
+
+    No checkpoint is read, so one that turns out to be damaged is not known yet.
+
+    Raises:
+        RefusedError: the run is one of another recipe, or was begun with other options.
+    """
+    path = run_folder(out)
+    found, before = checkpoints(path), noted(path)
+    if found or before:
+        identity = how_asked(recipe, streamed=streamed, teacher_bits=teacher_bits)
+        require_same(path, before, identity, {"recipe": recipe.as_dict()}, saved=bool(found))
+    name = _NAME.fullmatch(found[-1].name) if found else None
+    return {"stage": name[2], "step": int(name[3])} if name else None
 
 
 def write_record(run: Run, values: Mapping[str, Any]) -> None:

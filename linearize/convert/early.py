@@ -20,16 +20,19 @@ from linearize.data import require_place
 from linearize.errors import RefusedError, UsageError, did_you_mean
 
 LOCK = "lock"
+LONGEST = 255 - len(f".{RUN}")
+"""Bytes of OUT's name: its run folder has a longer one, and a disk takes 255."""
 
 
-def refuse_early(model: str | os.PathLike[str], out: str | os.PathLike[str], data: str, *, resume: bool) -> None:
-    """The refusals of a conversion that need no tensor, within a fraction of a second.
+def refuse_early(model: str | os.PathLike[str], out: str | os.PathLike[str], data: str | None, *, resume: bool) -> None:
+    """The refusals of a conversion that need no tensor, within a fraction of a second; `data`: None for a plan of one.
 
     Raises:
         UsageError, RefusedError: see `convert`.
     """
     require_out(path_of(out), resume=resume)
-    require_place(data)
+    if data is not None:
+        require_place(data)
     require_family(resolve(model))
 
 
@@ -37,11 +40,17 @@ def path_of(out: str | os.PathLike[str]) -> Path:
     """OUT, absolute.
 
     Raises:
-        UsageError: it is empty, as an unset variable of a shell is.
+        UsageError: it is empty, as an unset variable of a shell is, or no name that a disk can hold.
     """
-    if not os.fspath(out).strip():
+    name = os.fspath(out)
+    if not name.strip():
         raise UsageError("OUT is empty", "Name the folder to make.")
-    return Path(os.path.abspath(out))
+    if "\0" in name:
+        raise UsageError("OUT holds a zero byte", "Choose another name.")
+    path = Path(os.path.abspath(name))
+    if len(os.fsencode(path.name)) > LONGEST:
+        raise UsageError(f"the name of OUT is longer than {LONGEST} bytes", "Choose a shorter one.")
+    return path
 
 
 def require_out(out: Path, *, resume: bool) -> None:

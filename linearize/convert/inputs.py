@@ -17,6 +17,7 @@ from linearize.artifacts.load import check_checkpoint, load_tokenizer, resolve, 
 from linearize.artifacts.weights import digest_checkpoint, read_tensors
 from linearize.convert import plan
 from linearize.convert.families import require_family
+from linearize.convert.same_run import how_asked
 from linearize.convert.stages import StageShape
 from linearize.convert.stream import Way, choose_way
 from linearize.convert.surgery import account
@@ -135,12 +136,10 @@ def gather(
 
 def identity_of(inputs: Inputs) -> dict[str, str]:
     """What must be the same for one run to go on from another."""
-    return {
-        "recipe": inputs.recipe.digest(),
+    options = how_asked(inputs.recipe, streamed=inputs.way.streamed, teacher_bits=inputs.teacher_bits)
+    return options | {
         "teacher": digest_checkpoint(inputs.folder),
         "data": hashlib.sha256(inputs.training.tobytes()).hexdigest(),
-        "streamed": "yes" if inputs.way.streamed else "no",
-        "teacher_bits": str(inputs.teacher_bits or "as stored"),
         "documents": "apart" if isinstance(inputs.task, Apart) else "joined",
     }
 

@@ -26,13 +26,13 @@ from linearize.convert import checkpoint, exact, export
 from linearize.convert.align import align_layers, aligned_names, match
 from linearize.convert.calibrate import calibrate
 from linearize.convert.checkpoint import Checkpoint, Run, open_run
-from linearize.convert.early import require_out, run_folder
+from linearize.convert.early import require_out
 from linearize.convert.finetune import Trained, finetune_model, kept_names, prepare
 from linearize.convert.finetune_loss import mean_loss
 from linearize.convert.history import write_history
 from linearize.convert.inputs import Inputs, asked_of, gather, identity_of
 from linearize.convert.optim import deterministic, fast_products
-from linearize.convert.plan import Layout
+from linearize.convert.plan import UNSAVED, Layout
 from linearize.convert.preflight import preflight
 from linearize.convert.report import card_facts, make_report, provenance
 from linearize.convert.restore import restoring, settled
@@ -87,7 +87,7 @@ def convert(
     require_out(target, resume=resume)
     device = select_device(chosen.device)
     if stream is None and resume:
-        stream = {"yes": True, "no": False}.get(checkpoint.noted(run_folder(target)).get("streamed", ""))
+        stream = checkpoint.begun_streaming(target)
     inputs = gather(model, target, chosen, data, device, stream=stream, teacher_bits=teacher_bits)
     if inputs.way.said:
         watch.message(inputs.way.said)
@@ -97,7 +97,7 @@ def convert(
         run.asked = asked_of(inputs)
         start = checkpoint.find_start(run, identity, resume=resume)
         if resume and start is None:
-            watch.message("the run was killed before it had saved anything: it begins anew")
+            watch.message(UNSAVED)
         if start is not None:
             where = f"layer {start.step}" if inputs.way.streamed else f"step {start.step}"
             watch.message(f"going on from {where} of {start.stage}")

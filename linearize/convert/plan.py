@@ -11,19 +11,21 @@ from torch import nn
 from transformers.pytorch_utils import Conv1D
 
 from linearize.artifacts.quantised import WEIGHT_BYTES
-from linearize.convert.checkpoint import KEEP
+from linearize.convert.checkpoint import KEEP, begun_streaming, saved_step
+from linearize.convert.early import path_of, require_out
 from linearize.convert.families import check_fit, check_stages, family_of, head_dim, inner_size, require_family
 from linearize.convert.finetune_loss import PIECE
 from linearize.convert.lora import target_modules, width_of
 from linearize.convert.stages import StageShape, stage_shape
 from linearize.convert.surgery import LINEAR, account, empty_student, mixer_plan, student_config, trained_names
-from linearize.errors import UsageError
+from linearize.errors import RefusedError, UsageError
 from linearize.modeling.encoder_spec import usable_positions
 from linearize.modeling.family_table import PREFIX, auto_class, lookup
 from linearize.recipe import Recipe
 from linearize.teacher_bits import require_quantisable, require_teacher_bits
 
 CONTEXTS = (2_048, 32_768, 131_072)
+UNSAVED = "the run was killed before it had saved anything: it begins anew"
 DTYPE_BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
 
 
@@ -55,20 +57,25 @@ def make_plan(
     out: str | os.PathLike[str] | None = None,
     stream: bool | None = None,
     teacher_bits: int | None = None,
+    resume: bool = False,
 ) -> dict[str, Any]:
     """Layers, parameters, tokens, memory and disk of a conversion; nothing is started or written.
+
+    `out` is refused as the conversion would refuse it. With `resume` it must have an unfinished run of this recipe;
+    that model and text are the same, too, is only known once they are read.
 
     Returns plain values: family, layers [{index, from, to, heads, kv_heads, head_dim, feature_dim, state_bytes,
     new_parameters}], parameters, new_parameters, trained {align, finetune}, tokens and steps of both stages, notes,
     memory_bytes (of training, an estimate for one window at a time), disk_bytes, streamed (whether a layer at a time:
-    as `stream` says; None: where it must be), hidden_bytes (of the disk, what hidden states take in streaming) and
-    teacher_bits (of the frozen weights while it trains; None: as they are).
+    as `stream` says; None: where it must be), hidden_bytes (of the disk, what hidden states take in streaming),
+    teacher_bits (of the frozen weights while it trains; None: as they are) and resumes ({stage, step} that `resume`
+    would go on from, step in layers where it streams; None: from the beginning).
 
     Raises:
-        UsageError: no such model, an unsupported family, or a recipe that does not fit. RefusedError: OUT is not empty,
-            or the checkpoint is incomplete.
+        UsageError: no such model, an unsupported family, a recipe that does not fit, or nothing to resume.
+        RefusedError: `out` cannot be made or holds something, the run there is another one, or the checkpoint is
+            incomplete.
     """
-    from linearize.artifacts.atomic import require_empty
     from linearize.artifacts.load import check_checkpoint, resolve
     from linearize.artifacts.weights import read_tensors
     from linearize.convert.stream import planned_way
@@ -76,14 +83,17 @@ def make_plan(
     from linearize.modeling.configuration_linearized import kv_bytes
 
     require_teacher_bits(teacher_bits, stream=stream)
+    target = None if out is None else path_of(out)
+    if target is not None:
+        require_out(target, resume=resume)
+        if stream is None and resume:
+            stream = begun_streaming(target)
     folder = resolve(model)
     require_family(folder)
     check_checkpoint(folder, finite=False)
     config, dtype = teacher_config(folder)
     if teacher_bits is not None:
         require_quantisable(config.model_type)
-    if out is not None:
-        require_empty(out)
     if data is not None:
         load_source(data, limit_bytes=1, packed=True)  # that it can be read, and no more
     layout = Layout.of(config, recipe)
@@ -95,6 +105,12 @@ def make_plan(
     way, remarks = planned_way(
         config, recipe, layout, shapes=(align, finetune), stored=dtype, asked=stream, teacher_bits=teacher_bits
     )
+    if target is not None:
+        remarks += _full(target, way.disk_bytes)
+    again = None
+    if target is not None and resume:
+        again = saved_step(target, recipe=recipe, streamed=way.streamed, teacher_bits=teacher_bits)
+        remarks += [] if again else [UNSAVED]
     rows = layout.rows(DTYPE_BYTES[export])
     state = sum(row["state_bytes"] for row in rows)
     return {
@@ -119,9 +135,21 @@ def make_plan(
         "streamed": way.streamed,
         "hidden_bytes": way.hidden_bytes,
         "teacher_bits": teacher_bits,
+        "resumes": again,
         "data": data,
         "out": None if out is None else str(out),
     }
+
+
+def _full(out: Path, size: int) -> list[str]:
+    """What to note where the disk of OUT has too little room. The plan may be for another machine, so it is shown."""
+    from linearize.artifacts.atomic import require_free_space
+
+    try:
+        require_free_space(out, size)
+    except RefusedError as error:
+        return [f"not on this disk: {error.message}"]
+    return []
 
 
 def inspect(model: str | os.PathLike[str], recipe: Recipe | None = None) -> dict[str, Any]:

@@ -12,7 +12,7 @@ from linearize.convert.align import match, mean_match
 from linearize.convert.export import terms_of
 from linearize.convert.finetune import Trained
 from linearize.convert.inputs import Inputs
-from linearize.convert.stages import StageShape, StageState
+from linearize.convert.stages import RECENT, StageShape, StageState, ends
 from linearize.convert.surgery import SurgeryReport
 
 
@@ -62,12 +62,13 @@ def _stage(shape: StageShape, state: StageState, inputs: Inputs) -> dict[str, An
     if shape.skipped:
         return {"skipped": shape.skipped, "tokens": 0, "steps": 0}
     figures = {key: value for key, value in state.extra.items() if isinstance(value, float)}
+    first, last = ends(state, first=1 if shape.name == "align" else RECENT)
     return {
         "tokens": shape.tokens,
         "steps": shape.steps,
         "passes_over_the_text": shape.tokens / inputs.windows.size,
-        "loss_first": state.loss_first,
-        "loss_last": state.loss_last,
+        "loss_first": first,
+        "loss_last": last,
         **figures,
         "seconds": state.seconds,
     }

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from linearize.errors import RefusedError
+from linearize.recipe import Recipe
 from linearize.strict import show
 
 _WORDS = {
@@ -18,6 +19,15 @@ _WORDS = {
 }
 _MOST = 3
 """Keys of a recipe that are named."""
+
+
+def how_asked(recipe: Recipe, *, streamed: bool, teacher_bits: int | None) -> dict[str, str]:
+    """What must be the same for one run to go on from another, as far as options say it: no model or text is read."""
+    return {
+        "recipe": recipe.digest(),
+        "streamed": "yes" if streamed else "no",
+        "teacher_bits": str(teacher_bits or "as stored"),
+    }
 
 
 def require_same(

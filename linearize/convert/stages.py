@@ -9,7 +9,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
-from linearize.convert.history import Track, add, new_track, require_track
+from linearize.convert.history import Track, add, finished, new_track, require_track
 from linearize.progress import Progress, record
 
 RECENT = 10
@@ -68,6 +68,26 @@ class StageState:
 
     def __post_init__(self) -> None:
         require_track(self.history)
+
+
+def ends(state: StageState, *, first: int) -> tuple[float | None, float | None]:
+    """The loss where a stage began and where it ended, for people: means over steps that the two do not share.
+
+    A running mean looks back over all of a short stage, so there each is taken of one half at most.
+
+    Args:
+        first: steps that `loss_first` is the mean of.
+
+    Returns:
+        None for the end of a stage of one step, which has none.
+    """
+    losses = [value for value in finished(state.history)["series"].get("loss", ()) if value is not None]
+    if not losses or len(losses) >= first + RECENT or state.history["stride"] > 1:
+        return state.loss_first, state.loss_last
+    half = len(losses) // 2
+    begun = losses[: max(1, min(first, half))]
+    ended = losses[len(losses) - min(RECENT, half) :]
+    return sum(begun) / len(begun), sum(ended) / len(ended) if ended else None
 
 
 def note(state: StageState, stage: str, values: Mapping[str, float | None]) -> None:

@@ -87,6 +87,8 @@ def test_what_it_was_trained_on_and_with() -> None:
 def test_figures_are_not_rounded_up_to_perfection() -> None:
     card = model_card(facts())
     assert "99.97% of the teacher" in card and "100.0%" not in card
+    one = model_card(facts(losses={"align": (0.5, None)}))
+    assert "- align: training loss 0.5 in its only step" in one and "at the end" not in one
     assert "running mean of the training loss 0.5 at the start and 0.25 at the end, over different batches" in card
 
 

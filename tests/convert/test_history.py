@@ -12,7 +12,7 @@ import pytest
 from linearize.convert import pipeline
 from linearize.convert.history import HISTORY, POINTS, add, finished, new_track, require_track, write_history
 from linearize.convert.pipeline import convert
-from linearize.convert.stages import StageState
+from linearize.convert.stages import StageState, ends
 from linearize.report.facts import of_layers, read_history
 from tests.interrupter import Interrupter
 
@@ -55,6 +55,27 @@ def test_a_figure_that_comes_late_or_not_at_all() -> None:
     add(track, 2, {"loss": 2.0, "kl": 0.5})
     add(track, 3, {"kl": None})
     assert finished(track)["series"] == {"loss": [1.0, 2.0, None], "kl": [None, 0.5, None]}
+
+
+@pytest.mark.parametrize(
+    ("losses", "first", "expected"),
+    [
+        ([5.0], 10, (5.0, None)),  # one step began and never ended
+        ([5.0, 3.0], 10, (5.0, 3.0)),
+        ([5.0, 4.0, 3.0], 10, (5.0, 3.0)),
+        ([5.0, None, 4.0, 2.0, 1.0], 10, (4.5, 1.5)),  # a step without the figure is none
+        ([float(20 - i) for i in range(19)], 10, (16.0, 6.0)),  # nine at either end
+        ([5.0], 1, (5.0, None)),
+        ([5.0, 4.0, 3.0, 2.0], 1, (5.0, 2.5)),
+        ([float(20 - i) for i in range(20)], 10, (70.0, 80.0)),  # long enough: what the stage itself says
+        ([], 10, (70.0, 80.0)),
+    ],
+)
+def test_where_a_short_stage_began_and_ended_are_other_steps(
+    losses: list[float | None], first: int, expected: tuple[float, float | None]
+) -> None:
+    state = StageState(loss_first=70.0, loss_last=80.0, history=kept(losses))
+    assert ends(state, first=first) == expected
 
 
 def test_a_break_at_any_step_changes_nothing() -> None:
@@ -112,7 +133,8 @@ def test_a_resumed_run_writes_the_same_history(
     assert len(found["align"]["match/0"]) < 6  # steps in which the layer ran without its window say nothing of it
     assert {"loss", "ce", "kl", "lr"} == set(found["finetune"])
     losses = [value for _, value in found["finetune"]["loss"]]
-    assert report["stages"]["finetune"]["loss_last"] == pytest.approx(sum(losses) / len(losses), rel=1e-5)
+    assert report["stages"]["finetune"]["loss_first"] == pytest.approx(sum(losses[:2]) / 2, rel=1e-5)
+    assert report["stages"]["finetune"]["loss_last"] == pytest.approx(sum(losses[2:]) / 2, rel=1e-5)
     rate = dict(found["align"]["lr"])
     assert max(rate.values()) == pytest.approx(1e-2) and rate[6] < rate[2]
     listed = json.loads((tmp_path / "whole" / "linearize.json").read_text())["files"]

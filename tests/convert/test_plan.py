@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
+import types
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -12,9 +14,12 @@ import pytest
 
 from linearize.artifacts.config_reader import supported_families
 from linearize.convert import pipeline
+from linearize.convert.checkpoint import open_run
+from linearize.convert.early import run_folder
 from linearize.convert.plan import inspect, make_plan
 from linearize.errors import RefusedError, UsageError
 from linearize.recipe import load_recipe
+from tests.interrupter import Interrupter
 
 SMALL = ["context=128", "mixer.window=16", "mixer.feature_dim=8", "align.tokens=10k", "align.batch_tokens=512"]
 
@@ -59,6 +64,85 @@ def test_refusals(teacher_folder: Path, text_file: Path, tmp_path: Path) -> None
         make_plan(teacher_folder, recipe=load_recipe("lolcats"))
     with pytest.raises(UsageError, match="5"):
         make_plan(teacher_folder, recipe=load_recipe("lolcats", [*SMALL, "keep_softmax=[5]"]))
+
+
+def no_out(tmp_path: Path) -> dict[str, Path]:
+    """OUTs that a conversion refuses, by why."""
+    for name in ("full", "export", "closed"):
+        (tmp_path / name).mkdir()
+    (tmp_path / "full" / "file").write_text("")
+    (tmp_path / "file").write_text("")
+    (tmp_path / "export" / "linearize.json").write_text("{}")
+    (tmp_path / "dangling").symlink_to("nowhere")
+    checkpoint = run_folder(tmp_path / "begun") / "00-align-00000120"
+    checkpoint.mkdir(parents=True)
+    return {
+        "not empty": tmp_path / "full",
+        "is a file": tmp_path / "file",
+        "file is not a folder": tmp_path / "file" / "out",
+        "inside": tmp_path / "export" / "out",
+        "cannot be written to": tmp_path / "closed" / "deep" / "out",
+        "dangling": tmp_path / "dangling",
+        "Add --resume": tmp_path / "begun",
+    }
+
+
+def test_a_plan_refuses_the_out_that_a_conversion_refuses(
+    teacher_folder: Path, text_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    recipe, asked = load_recipe("lolcats", SMALL), {"data": str(text_file)}
+    allowed = os.access
+    monkeypatch.setattr(os, "access", lambda path, mode: Path(path).name != "closed" and allowed(path, mode))
+    for why, out in no_out(tmp_path).items():
+        before = sorted(tmp_path.rglob("*"))
+        told = []
+        for ask in (make_plan, pipeline.convert):
+            with pytest.raises(RefusedError, match=why) as caught:
+                ask(teacher_folder, out=out, recipe=recipe, **asked)
+            told.append(str(caught.value))
+        assert told[0] == told[1]
+        assert sorted(tmp_path.rglob("*")) == before, "nothing was made"
+    for out, why in (("", "OUT is empty"), ("a\0b", "zero byte"), ("o" * 241, "longer than 240 bytes")):
+        with pytest.raises(UsageError, match=why):
+            make_plan(teacher_folder, recipe=recipe, out=out)
+    assert run_folder(tmp_path / ("o" * 240)).exists() is False  # the longest that a disk takes
+    with open_run(tmp_path / "taken"), pytest.raises(RefusedError, match="another convert writes there"):
+        make_plan(teacher_folder, recipe=recipe, out=tmp_path / "taken")
+
+
+def test_a_plan_says_what_a_resume_goes_on_from(
+    teacher_folder: Path, text_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    options = [*SMALL, "finetune.tokens=0", "device=cpu"]
+    recipe, out = load_recipe("lolcats", options), tmp_path / "out"
+    with pytest.raises(UsageError, match="no unfinished run to resume"):
+        make_plan(teacher_folder, recipe=recipe, out=out, resume=True)
+    with pytest.raises(KeyboardInterrupt):
+        pipeline.convert(teacher_folder, out, recipe=recipe, data=str(text_file), progress=Interrupter("align", 3))
+    with pytest.raises(RefusedError, match="Add --resume"):
+        make_plan(teacher_folder, recipe=recipe, out=out)
+    assert make_plan(teacher_folder, recipe=recipe, out=out, resume=True)["resumes"] == {"stage": "align", "step": 3}
+    shutil.rmtree(run_folder(out) / "00-align-00000003")
+    plan = make_plan(teacher_folder, recipe=recipe, out=out, resume=True)
+    assert plan["resumes"] is None and any("begins anew" in note for note in plan["notes"])
+    before = {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*")}
+    other = load_recipe("lolcats", [*options, "seed=7"])
+    with pytest.raises(RefusedError, match="seed=7, begun with 0"):
+        make_plan(teacher_folder, recipe=other, out=out, resume=True)
+    with pytest.raises(RefusedError, match="--stream"):
+        make_plan(teacher_folder, recipe=recipe, out=out, resume=True, stream=True)
+    assert {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*")} == before
+    assert make_plan(teacher_folder, recipe=recipe, out=tmp_path / "other")["resumes"] is None
+
+
+def test_a_plan_says_that_the_disk_is_too_small(
+    teacher_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    recipe = load_recipe("lolcats", SMALL)
+    assert not make_plan(teacher_folder, recipe=recipe, out=tmp_path / "out")["notes"]
+    monkeypatch.setattr(shutil, "disk_usage", lambda place: types.SimpleNamespace(free=1000))
+    (note,) = make_plan(teacher_folder, recipe=recipe, out=tmp_path / "out")["notes"]
+    assert note.startswith("not on this disk:") and "1000 bytes free" in note
 
 
 def test_inspect(teacher_folder: Path) -> None:
