@@ -49,7 +49,7 @@ class VerificationError(LinearizeError):
 
 def did_you_mean(word: str, candidates: Iterable[str]) -> str:
     """`" Did you mean 'x'?"` for the candidate nearest to `word`, or `""` when none is near."""
-    names = sorted({str(name) for name in candidates})
+    names = sorted({str(name) for name in candidates} - {str(word)})  # a link to nothing has its own name
     near = difflib.get_close_matches(str(word), names, n=1, cutoff=0.6)
     if not near:
         folded = {name.casefold(): name for name in names}

@@ -78,6 +78,8 @@ def _unexpected(error: Exception) -> int:
         place = f"{error.filename}: " if error.filename else ""
         if error.errno in (errno.ENOSPC, errno.EDQUOT):
             return _failed(f"{place or 'cannot write the result: '}{error.strerror}", 3, "Free some space")
+        if error.errno == errno.ENAMETOOLONG:
+            return _failed(f"a name or path is too long: {place[:80]}...", 2, "Use a shorter one")
         if isinstance(error, PermissionError):
             return _failed(f"{place}{error.strerror}", 2, "Check whose it is and who may read it")
         return _failed(f"{place}{error.strerror}", 1)

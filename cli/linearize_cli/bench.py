@@ -17,7 +17,7 @@ _SIZE = re.compile(r"(\d+(?:\.\d+)?)\s*([kKmMgGtT]?)(?:i?[bB])?")
 _UNITS = {"": 1, "k": 2**10, "m": 2**20, "g": 2**30, "t": 2**40}
 
 
-@app.command()
+@app.command(short_help="Measure speed and memory, beside the teacher.")
 def bench(
     out: Annotated[str, typer.Argument(metavar="OUT", help="A converted model.")],
     against: Annotated[

@@ -10,12 +10,12 @@ from typing import Annotated, Any
 import typer
 
 from linearize.errors import UsageError
-from linearize_cli.commands import Context, Device, Dtype, Json, Model, Revision, TeacherBits, app
+from linearize_cli.commands import Context, Device, Dtype, Json, Model, Revision, TeacherBits, Windows, app
 from linearize_cli.output import only_json, print_json, print_table, say, unsaid, watching
 from linearize_cli.results import print_evaluation
 
 
-@app.command(name="eval")
+@app.command(name="eval", short_help="Measure perplexity, or the tasks that everyone quotes.")
 def evaluate(
     model: Model,
     data: Annotated[
@@ -44,6 +44,7 @@ def evaluate(
     include_path: Annotated[
         Path | None, typer.Option("--include-path", metavar="DIR", help="A folder with task files of your own.")
     ] = None,
+    max_windows: Windows = None,
     teacher_bits: TeacherBits = None,
     revision: Revision = None,
     context: Context = None,
@@ -72,7 +73,7 @@ def evaluate(
     if tasks is not None:
         if data is not None:
             raise UsageError("--tasks and --data are two measurements", "Take them one by one.")
-        _refuse("--tasks", "--data", {"--protocol": protocol})
+        _refuse("--tasks", "--data", {"--protocol": protocol, "--max-windows": max_windows})
         found = _tasks(model, tasks, as_json, limit, fewshot, batch_size, include_path, where)
         return print_json(found) if as_json else print_tasks(found)
     if data is None:
@@ -82,7 +83,7 @@ def evaluate(
     with only_json(as_json), watching():
         from linearize.api import evaluate as run
 
-        result = run(model, data=data, protocol=protocol, **where)
+        result = run(model, data=data, protocol=protocol, max_windows=max_windows, **where)
     if as_json:
         return print_json(result)
     print_evaluation(result)

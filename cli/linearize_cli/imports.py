@@ -23,7 +23,7 @@ def imports_root(context: typer.Context) -> None:
         raise typer.Exit(2)
 
 
-@imports_app.command("lolcats")
+@imports_app.command("lolcats", short_help="Put LoLCATs' published weights onto BASE.")
 def import_lolcats(
     base: Annotated[str, typer.Argument(metavar="BASE", help="The model they were made from: a folder or a Hub id.")],
     out: Annotated[str, typer.Argument(metavar="OUT", help="The folder to make.")],

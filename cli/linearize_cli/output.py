@@ -13,6 +13,8 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from linearize_cli.terminal import clean, cleaned_console
+
 if TYPE_CHECKING:
     from rich.console import Console
 
@@ -29,21 +31,19 @@ _SHARES = ("match", "explained")
 
 def console() -> Console:
     """A rich console on stderr. Colours only on a terminal and without NO_COLOR; text is never read as markup."""
-    from rich.console import Console
-
-    plain = not sys.stderr.isatty()
-    return Console(stderr=True, markup=False, emoji=False, highlight=False, width=_PLAIN_WIDTH if plain else None)
+    width = None if sys.stderr.isatty() else _PLAIN_WIDTH
+    return cleaned_console(stderr=True, markup=False, emoji=False, highlight=False, width=width)
 
 
 def say(text: str) -> None:
     """One line for people, never wrapped."""
-    print(text, file=sys.stderr, flush=True)
+    print(clean(text), file=sys.stderr, flush=True)
 
 
 def fail(text: str) -> None:
     """The one line of an error."""
     colour = sys.stderr.isatty() and not os.environ.get("NO_COLOR") and os.environ.get("TERM") != "dumb"
-    say(f"\x1b[1;31merror:\x1b[0m {text}" if colour else f"error: {text}")
+    print("\x1b[1;31merror:\x1b[0m" if colour else "error:", clean(text), file=sys.stderr, flush=True)
 
 
 def program() -> str:

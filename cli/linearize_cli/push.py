@@ -11,7 +11,7 @@ from linearize_cli.commands import Json, app
 from linearize_cli.output import console, human_bytes, only_json, plural, print_json, print_table, say
 
 
-@app.command()
+@app.command(short_help="Upload OUT to the Hub, in one commit: private.")
 def push(
     out: Annotated[str, typer.Argument(metavar="OUT", help="A converted model.")],
     repo: Annotated[str, typer.Argument(metavar="REPO", help="Where to on the Hub: owner/name.")],

@@ -11,7 +11,7 @@ from linearize_cli.commands import Context, Data, Device, Dtype, Json, Revision,
 from linearize_cli.output import console, only_json, plural, print_json, print_table, say, unsaid, watching
 
 
-@app.command()
+@app.command(short_help="Say what OUT remembers from beyond its window.")
 def recall(
     out: Annotated[str, typer.Argument(metavar="OUT", help="A converted model.")],
     against: Teacher,

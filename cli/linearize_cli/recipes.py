@@ -24,7 +24,7 @@ def recipes_root(context: typer.Context) -> None:
         show_help(context)
 
 
-@recipes_app.command("ls")
+@recipes_app.command("ls", short_help="List the recipes that ship, and what was measured.")
 def recipes_ls(as_json: Json = False) -> None:
     """List the recipes that ship: their papers, and what was measured of each.
 

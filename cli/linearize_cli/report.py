@@ -10,7 +10,7 @@ from linearize_cli.commands import Context, Device, Dtype, Json, Revision, Teach
 from linearize_cli.output import human_bytes, only_json, print_json, say, watching
 
 
-@app.command()
+@app.command(short_help="Write one HTML file that shows how a conversion went.")
 def report(
     run: Annotated[str, typer.Argument(metavar="RUN", help="A converted model.")],
     against: Annotated[

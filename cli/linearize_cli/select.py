@@ -16,7 +16,7 @@ NAMES = {"window": "cut to the window", "aligned": "aligned"}
 """What a swap puts in a layer's place, in words."""
 
 
-@app.command()
+@app.command(short_help="Rank TEACHER's layers by what it loses when swapped.")
 def select(
     teacher: Annotated[
         str, typer.Argument(metavar="TEACHER", help="A folder, a Hub id, or demo.", autocompletion=completion.models)

@@ -11,7 +11,7 @@ from linearize_cli.commands import Json, Revision, app
 from linearize_cli.output import only_json, plural, print_json, print_table, say
 
 
-@app.command()
+@app.command(short_help="Check that OUT is still what its manifest says.")
 def verify(
     out: Annotated[str, typer.Argument(metavar="OUT", help="A converted model: a folder or a Hub id.")],
     against: Annotated[

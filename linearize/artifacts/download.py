@@ -187,8 +187,10 @@ def _not_had(error: Exception, name: str, repo: str, revision: str | None) -> Us
             f"HF_HUB_OFFLINE is set, and {what} is {part}in the cache", "Unset it, or fetch the model while online."
         )
     if isinstance(error.__cause__ if isinstance(error, missing) else error, httpx.TransportError):
-        return RefusedError(f"{what} is not in the cache, and {constants.ENDPOINT} could not be reached",
-                            "Check the connection.")  # fmt: skip
+        return RefusedError(
+            f"there is no folder {name!r}, and {what} is not in the cache: {constants.ENDPOINT} could not be reached",
+            "Check the name and the connection.",
+        )
     return UsageError(
         f"there is no folder {name!r}, and the Hub model of that name could not be had: {kind}: {brief(error)}",
         "Check the name and the connection.",

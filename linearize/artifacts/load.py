@@ -34,8 +34,9 @@ _STORED = {"F32": "float32", "BF16": "bfloat16", "F16": "float16"}
 def resolve(model: str | os.PathLike[str]) -> Path:
     """The local folder of MODEL: `demo`, a folder, or a Hub id, `owner/name` or `owner/name@REVISION`.
 
-    Of a Hub id only data files are fetched; see `download`. UsageError for a folder that is not there (with the nearest
-    name), for a file, and for a failed download; RefusedError for a Hub id while offline.
+    Where there is a folder of the owner's name, a name without a revision is a path. Of a Hub id only data files are
+    fetched; see `download`. UsageError for a folder that is not there (with the nearest name), for a file, and for a
+    failed download; RefusedError for a Hub id while offline.
     """
     name = os.fspath(model)
     if name == DEMO:
@@ -45,12 +46,16 @@ def resolve(model: str | os.PathLike[str]) -> Path:
         return path
     if name and path.exists():
         raise UsageError(f"{name} is a file; a model is a folder with config.json, safetensors and a tokenizer")
-    if not path.parent.is_dir() and split_revision(name) is not None:
+    parts = split_revision(name)
+    if parts is not None and (parts[1] is not None or not path.parent.is_dir()):
         return download(name)
     if name and unfinished_out(path) is not None:
         raise UsageError(f"there is no model {name!r} yet: its conversion did not finish", GO_ON)
     near = did_you_mean(path.name, _names(path.parent) + ([DEMO] if path.parent == Path() else []))
-    raise UsageError(f"there is no model {name!r}.{near}", "Give a folder, a Hub id (owner/name) or demo.")
+    hint = "Give a folder, a Hub id (owner/name) or demo."
+    if parts is not None:  # a folder of the owner's name lies here
+        hint = f"Give a folder or demo; the Hub's model of that name is {name}@main."
+    raise UsageError(f"there is no model {name!r}.{near}", hint)
 
 
 def check_checkpoint(path: str | os.PathLike[str], *, finite: bool) -> None:

@@ -125,6 +125,21 @@ def read_header(path: str | os.PathLike[str]) -> dict[str, TensorInfo]:
     return tensors
 
 
+def _no_weights(folder: Path) -> UsageError:
+    """The error of a folder without weights; of a model of the Hub there may be some that were not fetched."""
+    from linearize.artifacts.download import commit_of, display_name
+
+    if commit_of(folder) is None:
+        return UsageError(
+            f"{folder} holds no weights: neither {SINGLE} nor {INDEX}", "Copy them there, or check MODEL."
+        )
+    name = display_name(folder, folder)
+    return UsageError(
+        f"{name} has no safetensors at this revision, and pickled weights (.bin) are never fetched",
+        f"Try {name}@refs/pr/1, where the Hub's own conversion often lies, or save it as safetensors: docs/hub.md",
+    )
+
+
 def list_shards(folder: str | os.PathLike[str]) -> list[Path]:
     """The safetensors files that hold the model in `folder`, in order. UsageError when there are none, when one of the
     index is absent, or when the index points outside the folder."""
@@ -138,9 +153,9 @@ def list_shards(folder: str | os.PathLike[str]) -> list[Path]:
         if pickled:
             raise UsageError(
                 f"{folder} holds pickled weights ({pickled[0]}), which can run code, and no safetensors",
-                "Save the model again as safetensors.",
+                "Save the model again as safetensors: docs/hub.md has the lines.",
             )
-        raise UsageError(f"{folder} holds no weights: neither {SINGLE} nor {INDEX}")
+        raise _no_weights(folder)
     for name in names:
         require_regular(folder / name)
         if not (folder / name).is_file():

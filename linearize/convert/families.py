@@ -12,7 +12,7 @@ from typing import Any
 
 from linearize.artifacts.config_reader import CONFIG, CONFIG_CAP, OUR_PREFIX, supported_families
 from linearize.artifacts.weights import read_json, require_inside
-from linearize.errors import UsageError, did_you_mean
+from linearize.errors import UsageError
 from linearize.modeling.encoder_spec import misfit, usable_positions
 from linearize.modeling.family_table import FAMILIES, TEXT_PARTS, Family
 from linearize.modeling.mixer_spec import MixerSpec
@@ -35,23 +35,26 @@ def require_family(folder: str | os.PathLike[str], *, converted: bool = False) -
     if not path.is_file():
         return
     require_inside(Path(folder), path)
-    kind = read_json(path, cap=CONFIG_CAP).get("model_type")
+    config = read_json(path, cap=CONFIG_CAP)
+    kind = config.get("model_type")
     if isinstance(kind, str) and kind and not (converted and kind.startswith(OUR_PREFIX)):
-        _require_kind(kind)
+        part = config.get("text_config")
+        _require_kind(kind, part.get("model_type") if isinstance(part, dict) else None)
 
 
-def _require_kind(kind: str) -> None:
+def _require_kind(kind: str, part: Any = None) -> None:
+    """`part`: the model type of the language model inside, where it is one among others."""
     if kind.startswith(OUR_PREFIX):
         raise UsageError(f"the model is already linearized ({kind})", hint="Convert its teacher instead")
-    if kind in TEXT_PARTS:
+    if kind in FAMILIES:
+        return
+    text = part if isinstance(part, str) and part in FAMILIES else TEXT_PARTS.get(kind)
+    if text is not None:
         raise UsageError(
-            f"the family {kind!r} reads images too, and cannot be converted as a whole",
-            hint=f"Save its language model alone, of the family {TEXT_PARTS[kind]}, and convert that",
+            f"the family {kind!r:.60} reads more than text, and cannot be converted as a whole",
+            hint=f"Save its language model, of the family {text}, and convert that; docs/families.md has the lines",
         )
-    if kind not in FAMILIES:
-        raise UsageError(
-            f"the family {kind!r} cannot be converted.{did_you_mean(kind, FAMILIES)}", hint=supported_families()
-        )
+    raise UsageError(f"the family {kind!r:.60} cannot be converted", hint=supported_families())
 
 
 def family_of(config: Any) -> Family:
@@ -61,7 +64,7 @@ def family_of(config: Any) -> Family:
         UsageError: not a supported family, already linearized, quantised, or not a causal language model.
     """
     kind = str(getattr(config, "model_type", None))
-    _require_kind(kind)
+    _require_kind(kind, getattr(getattr(config, "text_config", None), "model_type", None))
     family = FAMILIES[kind]
     architectures = getattr(config, "architectures", None) or [family.task_class]
     if family.task_class not in architectures:
@@ -187,6 +190,7 @@ def check_fit(config: Any, *, spec: MixerSpec, linear_layers: Sequence[int], con
     notes = [family.note] if family.note else []
     if family.most_positions(config) is not None:
         notes.append(f"positions are learned: the result, like the teacher, reads {limit} tokens at most")
+    given_up: dict[int, list[int]] = {}
     for layer in linear_layers:
         own = family.window_of(config, layer)
         if own is None:
@@ -198,5 +202,20 @@ def check_fit(config: Any, *, spec: MixerSpec, linear_layers: Sequence[int], con
                 hint=f"Use mixer.window={own // 2} or less, or keep the layer softmax",
             )
         if context is not None and own < context:
-            notes.append(f"layer {layer}: the teacher's sliding window of {own} tokens gives way to the linear branch")
-    return notes
+            given_up.setdefault(own, []).append(layer)
+    return notes + [
+        f"{_named(layers)}: the teacher's sliding window of {own} tokens gives way to the linear branch"
+        for own, layers in given_up.items()
+    ]
+
+
+def _named(layers: Sequence[int]) -> str:
+    """`layer 3`, or `layers 0, 2-4, 7`."""
+    runs: list[list[int]] = []
+    for layer in layers:
+        if runs and layer == runs[-1][-1] + 1:
+            runs[-1].append(layer)
+        else:
+            runs.append([layer])
+    parts = [str(run[0]) if len(run) == 1 else f"{run[0]}-{run[-1]}" for run in runs]
+    return f"layer{'s' if len(layers) > 1 else ''} {', '.join(parts)}"

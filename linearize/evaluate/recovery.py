@@ -95,6 +95,8 @@ def audit(
     del model  # the teacher may need its room
     whole, cut = _teacher_scores(teacher, task, window=window, sinks=sinks)
     percent, notes = recovery(teacher=whole.mean, window=cut.mean, student=full.mean)
+    alone = branches["window"]
+    notes += harm(full=full.mean, window=None if alone is None else alone.mean)
     if not spec.window:
         notes.append(f"this recipe has no window; the floor is the teacher cut to a reference window of {window}")
     report.update(
@@ -121,7 +123,24 @@ def recovery(*, teacher: float, window: float, student: float) -> tuple[float | 
             f"R is not defined: cut to the window, the teacher has perplexity {safe_exp(window):.4g} instead of "
             f"{safe_exp(teacher):.4g}; the cut costs it less than {MINIMUM_GAP:.0%} here, too little to take a share of"
         ]
-    return 100.0 * (window - student) / gap, []
+    if student <= window:
+        return 100.0 * (window - student) / gap, []
+    return 100.0 * (window - student) / gap, [
+        f"R is below 0: with perplexity {safe_exp(student):.4g} the student is worse than its teacher merely cut to "
+        f"the window, {safe_exp(window):.4g}, which needs no training; give it more tokens (align.tokens, "
+        "finetune.tokens) or another recipe (linearize recipes ls)"
+    ]
+
+
+def harm(*, full: float, window: float | None) -> list[str]:
+    """What is to be said where the window does better without the linear branch; nats per token, `window`: of it
+    alone, None where there is none."""
+    if window is None or window > full - MINIMUM_GAP:
+        return []
+    return [
+        f"the linear branch does harm: with its window alone the student has perplexity {safe_exp(window):.4g} instead "
+        f"of {safe_exp(full):.4g}"
+    ]
 
 
 def branch_scores(model: Any, task: Task, *, windowed: bool, name: str) -> dict[str, Scores | None]:

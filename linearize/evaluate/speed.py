@@ -123,7 +123,10 @@ def _load(role: str, name: str, folder: Path, device: Any, dtype: str) -> Side:
     kind = "float32" if dtype == "auto" and device.type == "cpu" else dtype
     model = load_model(folder, device=device, dtype=kind, finite=False)
     if not hasattr(model, "generate") or not model.can_generate():
-        raise UsageError(f"{name} does not generate text (its type is {model.config.model_type})")
+        raise UsageError(
+            f"{name} does not generate text (its type is {model.config.model_type})",
+            "Give a model that predicts the next token.",
+        )
     config = model.config.get_text_config()
     return Side(
         role=role,

@@ -172,7 +172,7 @@ FAMILIES: dict[str, Family] = {
 
 
 TEXT_PARTS = {"gemma3": "gemma3_text"}
-"""Models of text and images whose text model alone can be converted."""
+"""Models of text and images whose text model alone can be converted, where their config does not name it."""
 
 
 def lookup(kind: Any) -> Family:

@@ -143,11 +143,14 @@ class Bar:
     about: str = ""
 
 
-def bar_table(bars: Sequence[Bar], *, title: str, heads: tuple[str, str], log: bool = False, note: str = "") -> str:
-    """A table whose figures are drawn as bars, too. With `log`, a bar's length is the logarithm of its figure."""
+def bar_table(
+    bars: Sequence[Bar], *, title: str, heads: tuple[str, str], log: bool = False, note: str = "", whole: float = 0.0
+) -> str:
+    """A table whose figures are drawn as bars, too. With `log`, a bar's length is the logarithm of its figure. The bar
+    of `whole` fills its place, or that of the largest figure."""
     values = [math.log(max(bar.value, 1e-9)) if log else bar.value for bar in bars]
     low = min(values) - 0.06 * (max(values) - min(values) or 1.0) if log else min(0.0, *values)
-    room = (max(values) - low) or 1.0
+    room = (max(*values, whole if not log else -math.inf) - low) or 1.0
     rows = "".join(
         f'<tr><th scope="row">{escape(bar.name)}{_small(bar.about)}</th><td class="bar"><svg viewBox="0 0 100 10" '
         f'preserveAspectRatio="none" aria-hidden="true"><rect class="rail" width="100" height="10"/><rect class="'

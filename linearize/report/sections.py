@@ -19,6 +19,7 @@ def cards(manifest: Mapping[str, Any], audit: Mapping[str, Any] | None, memory: 
     if audit is not None:
         recovery = number(audit.get("R"))
         shown.append(("Recovery R", "not defined" if recovery is None else f"{recovery:.1f} %",
+                      "worse than the teacher cut to the window" if recovery is not None and recovery < 0 else
                       "0 %: the teacher cut to the window; 100 %: the teacher"))  # fmt: skip
         student, teacher = number(audit.get("ppl_student")), number(audit.get("ppl_teacher"))
         if student is not None and teacher is not None:
@@ -37,8 +38,10 @@ def cards(manifest: Mapping[str, Any], audit: Mapping[str, Any] | None, memory: 
     if any(stages):
         parts = f"{short(stages[0])} in alignment, {short(stages[1])} in finetuning"
         shown.append(("Tokens of training", short(sum(stages)), parts))
+    worse = audit is not None and (number(audit.get("R")) or 0.0) < 0
+    first = "" if audit is None else ' class="first worse"' if worse else ' class="first"'
     items = "".join(
-        f"<div{' class=first' if i == 0 and audit is not None else ''}><dt>{escape(name)}</dt><dd>{escape(value)}"
+        f"<div{first if i == 0 else ''}><dt>{escape(name)}</dt><dd>{escape(value)}"
         f"{f'<small>{escape(about)}</small>' if about else ''}</dd></div>"
         for i, (name, value, about) in enumerate(shown)
     )
@@ -90,11 +93,12 @@ def _recovery(audit: Mapping[str, Any]) -> str:
         else f'style="left:{place:.1f}%"'
     )
     beyond = " The cut teacher is better than this." if share < 0 else ""
+    worse = ' class="worse"' if share < 0 else ""
     floor, whole_one = number(audit.get("ppl_window")), number(audit.get("ppl_teacher"))
     ends = [f"0 %: cut to the window, perplexity {short(floor or 0)}", f"100 %: the teacher, {short(whole_one or 0)}"]
     return (
         '<figure class="scale-box"><figcaption><b>Recovery</b></figcaption><div class="scale"><div class="rail">'
-        f'<div class="fill" style="width:{place:.1f}%"></div><output {edge}>{share:.1f} %</output></div>'
+        f'<div class="fill" style="width:{place:.1f}%"></div><output{worse} {edge}>{share:.1f} %</output></div>'
         f'<div class="ends"><span>{escape(ends[0])}</span><span>{escape(ends[1])}</span></div></div>'
         f'<p class="note">The share of the loss by cutting the teacher to the window that was won back.{beyond}</p>'
         "</figure>"
@@ -226,5 +230,5 @@ def _final_match(manifest: Mapping[str, Any]) -> str:
     if not bars:
         return ""
     title, note = "Match of each layer after alignment", "Explained: share of the teacher's attention output."
-    made = bar_table(bars, title=title, heads=("Layer", "Explained"), note=note)
+    made = bar_table(bars, title=title, heads=("Layer", "Explained"), note=note, whole=1.0)
     return made if len(bars) <= 16 else f"<details><summary>{title}</summary>{made}</details>"

@@ -29,4 +29,6 @@ def test_one_line(message, hint, line):
 def test_did_you_mean():
     assert did_you_mean("lolcat", ["lolcats", "based"]) == " Did you mean 'lolcats'?"
     assert did_you_mean("LOLCATS", ["lolcats"]) == " Did you mean 'lolcats'?"
+    assert did_you_mean("mine.txt", ["mine.txt", "mine.text"]) == " Did you mean 'mine.text'?"
+    assert did_you_mean("lolcats", ["lolcats"]) == ""
     assert did_you_mean("zzz", ["lolcats"]) == did_you_mean("x", []) == ""

@@ -44,6 +44,12 @@ def test_resolve(teacher, tmp_path, monkeypatch):
         resolve("dema")
     with pytest.raises(UsageError, match="there is no model"):
         resolve("teacher/sub")  # a folder that is there: a path, not a Hub id
+    with pytest.raises(UsageError, match="the Hub's model of that name is teacher/sub@main"):
+        resolve("teacher/sub")
+    asked = []
+    monkeypatch.setattr(load, "download", lambda name: asked.append(name) or teacher)
+    assert resolve("teacher/sub@main") == teacher and asked == ["teacher/sub@main"]
+    assert resolve("owner/name") == teacher and asked[1:] == ["owner/name"]
     with pytest.raises(UsageError, match="there is no model"):
         resolve("")
 

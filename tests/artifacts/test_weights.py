@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 
+from linearize.artifacts.download import split_revision
 from linearize.artifacts.load import check_checkpoint, load_model
 from linearize.artifacts.manifest import write_manifest
 from linearize.artifacts.weights import (
@@ -267,8 +268,17 @@ def test_pickled_weights_are_refused(single, copy):
     with pytest.raises(UsageError, match=r"pickled weights \(pytorch_model\.bin\)"):
         check_checkpoint(folder, finite=False)
     (folder / "pytorch_model.bin").unlink()
-    with pytest.raises(UsageError, match="holds no weights"):
+    with pytest.raises(UsageError, match=r"holds no weights.*Copy them there"):
         check_checkpoint(folder, finite=False)
+
+
+def test_a_repository_of_pickled_weights_is_told_where_others_may_be(single, tmp_path):
+    snapshot = tmp_path / "models--facebook--opt-125m" / "snapshots" / ("a" * 40)
+    shutil.copytree(single, snapshot)
+    (snapshot / SINGLE).unlink()
+    with pytest.raises(UsageError, match=r"facebook/opt-125m has no safetensors.*Try facebook/opt-125m@refs/pr/1"):
+        check_checkpoint(snapshot, finite=False)
+    assert split_revision("facebook/opt-125m@refs/pr/1") == ("facebook/opt-125m", "refs/pr/1")
 
 
 @pytest.mark.parametrize("value", ["nan", "inf", "-inf"])

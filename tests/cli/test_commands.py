@@ -208,7 +208,7 @@ def test_a_plan_for_people(library: dict[str, Any], capsys: pytest.CaptureFixtur
 
 def test_a_conversion_for_people(library: dict[str, Any], capsys: pytest.CaptureFixture) -> None:
     text = shown("convert", capsys)
-    assert "align 8192 4 0.08 s 0.5 0.25" in text and "running means over different batches" in text
+    assert "align 8192 4 0.08 s 0.5 0.25" in text and "which read different batches" in text
     assert "explain 46.4 %" in text and "Loads with import linearize: same logits, same text." in text
     assert "merge error (fp32) 2e-05, rounding to bfloat16 0.16 (max |logit|)" in text
     assert "0.123" not in text and "12,345" not in text, "said before, or for programs"
@@ -279,18 +279,20 @@ def test_convert_passes_everything_on(library: dict[str, Any], capsys: pytest.Ca
 def test_plan_starts_nothing_and_needs_no_data(library: dict[str, Any]) -> None:
     assert main(["convert", "m", "o", "--plan", "context=64"]) == 0
     ((name, args, kwargs),) = CALLS
-    assert (name, args, kwargs["data"], kwargs["out"]) == ("plan", ("m",), None, "o")
+    assert (name, args, kwargs["data"], kwargs["out"], kwargs["resume"]) == ("plan", ("m",), None, "o", False)
     assert kwargs["recipe"].context == 64
+    assert main(["convert", "m", "o", "--plan", "--resume"]) == 0 and CALLS[-1][2]["resume"] is True
 
 
 def test_eval_audit_inspect_and_generate_pass_everything_on(library: dict[str, Any]) -> None:
     run = ["--context", "128", "--device", "cpu", "--dtype", "float32"]
-    assert main(["eval", "m", "--data", "d", "--against", "t", "--protocol", "concat@128", *run]) == 0
+    few = ["--max-windows", "3"]
+    assert main(["eval", "m", "--data", "d", "--against", "t", "--protocol", "concat@128", *few, *run]) == 0
     assert main(["audit", "o", "--data", "d", "--against", "t", *run]) == 0
     assert main(["inspect", "m", "--recipe", "based"]) == 0
     assert main(["generate", "m", "-p", "hi", "--max-new-tokens", "7", "--temperature", "0.5", "--seed", "9"]) == 0
     common = {"context": 128, "device": "cpu", "dtype": "float32", "data": "d", "against": "t", "teacher_bits": None}
-    assert CALLS[0] == ("evaluate", ("m",), {**common, "protocol": "concat@128", "max_windows": None})
+    assert CALLS[0] == ("evaluate", ("m",), {**common, "protocol": "concat@128", "max_windows": 3})
     assert CALLS[1] == ("audit", ("o",), {**common, "max_windows": 64})
     assert CALLS[2] == ("inspect", ("m", load_recipe("based")), {})
     sampling = {"max_new_tokens": 7, "temperature": 0.5, "seed": 9, "device": "auto", "dtype": "auto"}
@@ -326,6 +328,30 @@ def test_ctrl_c_gives_the_command_that_goes_on(
     go_on = f"linearize convert m '{out}' --recipe pure --data d 'keep_softmax=every 4' --resume"
     assert (go_on in err) == saved, err
     assert ("Nothing was saved" in err) == (not saved)
+
+
+@pytest.mark.parametrize(("saved", "number"), [(True, 28), (False, 28), (True, 13)])
+def test_a_disk_that_fills_up_says_how_to_go_on(
+    saved: bool,
+    number: int,
+    library: dict[str, Any],
+    capsys: pytest.CaptureFixture,
+    monkeypatch: pytest.MonkeyPatch,
+    tmp_path: Path,
+) -> None:
+    fake = types.ModuleType("linearize.convert.checkpoint")
+    fake.run_folder = lambda out: out.parent / f".{out.name}.run"  # type: ignore[attr-defined]
+    monkeypatch.setitem(sys.modules, "linearize.convert.checkpoint", fake)
+    if saved:
+        fake.run_folder(tmp_path / "out").mkdir()
+    error = RefusedError("no space left on the disk")
+    error.__cause__ = OSError(number, "told by the system")
+    library["convert"] = error
+    assert main(["convert", "m", str(tmp_path / "out"), "--data", "d", "--teacher-bits", "4"]) == 3
+    lines = [line for line in capsys.readouterr().err.splitlines() if line != "chatter of a library"]
+    assert lines[-1] == "error: no space left on the disk"
+    told = saved and number == 28
+    assert len(lines) == 1 + told and (not told or "--data d --teacher-bits 4 --resume" in lines[0]), lines
 
 
 def test_ctrl_c_elsewhere(library: dict[str, Any], capsys: pytest.CaptureFixture) -> None:
@@ -367,6 +393,18 @@ def test_usage_errors_are_one_line_before_any_work(
     assert len(err.splitlines()) == 1 and err.startswith("error: ") and says in err, err
 
 
+def test_generated_text_cannot_steer_a_terminal(
+    library: dict[str, Any], capsys: pytest.CaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    library["generate"]["text"] = "a\tb\n\x1b]52;c;eA==\x07\x1b[2J\x9b\rc"
+    assert main(RUNS["generate"]) == 0
+    assert capsys.readouterr().out.endswith(library["generate"]["text"] + "\n"), "to a file or a pipe every byte"
+    monkeypatch.setattr("sys.stdout.isatty", lambda: True)
+    assert main(RUNS["generate"]) == 0
+    out = capsys.readouterr().out.removeprefix("chatter of a library\n")
+    assert out == "a\tb\n\\x1b]52;c;eA==\\x07\\x1b[2J\\x9b\\x0dc\n"
+
+
 @pytest.mark.parametrize("argv", [[], ["recipes"]])
 def test_no_command_shows_help_on_stderr(argv: list[str], capsys: pytest.CaptureFixture) -> None:
     assert main(argv) == 2
@@ -391,3 +429,14 @@ def test_version(capsys: pytest.CaptureFixture) -> None:
 
     assert main(["--version"]) == 0
     assert capsys.readouterr().out == f"linearize {linearize.__version__}\n"
+
+
+@pytest.mark.parametrize("group", [[], ["recipes"], ["import"]])
+def test_no_summary_is_cut_short(
+    group: list[str], capsys: pytest.CaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A list of commands on a terminal of 80 columns."""
+    monkeypatch.setenv("COLUMNS", "80")
+    assert main([*group, "--help"]) == 0
+    shown = capsys.readouterr().out.partition("Commands:\n")[2]
+    assert shown.strip() and "..." not in shown, shown

@@ -17,9 +17,9 @@ import linearize.modeling.configuration_linearized as configurations
 import linearize.modeling.modeling_linearized as models
 from linearize.artifacts.config_reader import SUPPORTED, build_config
 from linearize.artifacts.load import load_model
-from linearize.convert.families import check_fit, family_of, module_paths
+from linearize.convert.families import check_fit, family_of, module_paths, require_family
 from linearize.convert.lora import target_modules
-from linearize.convert.plan import make_plan
+from linearize.convert.plan import inspect, make_plan
 from linearize.convert.surgery import linearize_model, trained_names
 from linearize.errors import UsageError
 from linearize.modeling.configuration_linearized import CONFIGS, linearized_config
@@ -27,7 +27,8 @@ from linearize.modeling.family_table import FAMILIES, PROJECTIONS, TASKS
 from linearize.modeling.mixer_spec import MixerSpec
 from linearize.modeling.modeling_linearized import MODELS
 from linearize.recipe import load_recipe
-from tests.modeling.families import DECODERS, SIZES, UNGROUPED, teacher, teacher_config
+from tests.docs.fences import blocks
+from tests.modeling.families import DECODERS, SIZES, UNGROUPED, save_with_images, teacher, teacher_config
 
 SPEC = MixerSpec(window=8)
 
@@ -96,8 +97,56 @@ def test_an_unsupported_family_is_named_with_the_supported_ones() -> None:
         family_of(BloomConfig())
     with pytest.raises(UsageError, match="SequenceClassification"):
         family_of(LlamaConfig(architectures=["LlamaForSequenceClassification"]))
-    with pytest.raises(UsageError, match=r"'gemma3' reads images too.*gemma3_text"):
+    with pytest.raises(UsageError, match=r"'gemma3' reads more than text.*gemma3_text"):
         family_of(AutoConfig.for_model("gemma3"))
+
+
+def test_the_language_model_of_a_larger_one(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It is refused as a whole, by the config that lies there; the lines of docs/families.md save its part."""
+    from transformers import AutoModelForCausalLM, AutoModelForImageTextToText
+
+    save_with_images(tmp_path / "path" / "to" / "gemma-3")
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(UsageError, match=r"'gemma3' reads more than text.*gemma3_text.*docs/families.md"):
+        inspect("path/to/gemma-3")
+    page = Path(__file__).parents[2] / "docs" / "families.md"
+    (code,) = (code for code in blocks(page, "python") if "gemma-3" in code)
+    exec(code, {})
+    assert inspect("gemma-3-text", load_recipe("lolcats"))["family"] == "gemma3_text"
+    text = AutoModelForCausalLM.from_pretrained("gemma-3-text")
+    assert text.dtype == torch.bfloat16
+    ids = torch.arange(40)[None]
+    whole = AutoModelForImageTextToText.from_pretrained("path/to/gemma-3")
+    assert torch.equal(text(ids).logits, whole(input_ids=ids).logits)
+
+
+@pytest.mark.parametrize(
+    ("config", "part"),
+    [
+        ({"model_type": "mistral3", "text_config": {"model_type": "mistral"}}, "of the family mistral,"),
+        ({"model_type": "llava", "text_config": {"model_type": "llama"}}, "of the family llama,"),
+        ({"model_type": "gemma3"}, "of the family gemma3_text,"),
+        ({"model_type": "gemma3", "text_config": 5}, "of the family gemma3_text,"),
+        ({"model_type": "llava", "text_config": {"model_type": "bloom"}}, "Supported families"),
+        ({"model_type": "phi" * 10_000}, r"the family '(phi){19}ph cannot be converted"),
+        ({"model_type": "phi"}, "'phi' cannot be converted. Supported families"),  # and is no phi3
+    ],
+)
+def test_what_lies_in_a_larger_model_is_named(config: dict[str, Any], part: str, tmp_path: Path) -> None:
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    with pytest.raises(UsageError, match=part):
+        require_family(tmp_path)
+
+
+def test_windows_that_give_way_are_told_in_one_line() -> None:
+    """Not in one a layer: Gemma 2 has two dozen of them."""
+    kinds = ["full_attention", *["sliding_attention"] * 3, "full_attention", "sliding_attention"]
+    config = teacher_config("gemma2", num_hidden_layers=6, layer_types=kinds)
+    words = "the teacher's sliding window of 160 tokens gives way to the linear branch"
+    for linear, named in (([0, 1, 2, 3, 4, 5], "layers 1-3, 5"), ([0, 3], "layer 3"), ([1, 3, 5], "layers 1, 3, 5")):
+        notes = check_fit(config, spec=SPEC, linear_layers=linear, context=512)
+        assert [note for note in notes if "gives way" in note] == [f"{named}: {words}"]
+    assert not any("gives way" in note for note in check_fit(config, spec=SPEC, linear_layers=[1], context=160))
 
 
 def test_a_converted_model_is_not_converted_again() -> None:
@@ -141,7 +190,8 @@ def test_windows() -> None:
     with pytest.raises(UsageError, match=r"layer 0: .*16 tokens.*sliding window of 15.*mixer.window=7"):
         fit(mistral)
     mistral.sliding_window = 16
-    assert fit(mistral)[1].startswith("layer 1: the teacher's sliding window of 16 tokens")
+    (note,) = fit(mistral)
+    assert note.startswith("layers 0-1: the teacher's sliding window of 16 tokens")
     qwen = AutoConfig.for_model(
         "qwen2", use_sliding_window=True, sliding_window=8, max_window_layers=1, num_hidden_layers=2
     )

@@ -15,6 +15,7 @@ from linearize.demo.text import stdlib_folder
 from linearize.recipe import recipe_path
 from tests import encoders
 from tests.artifacts.hub_server import Hub
+from tests.modeling import families
 
 DEFAULT = "licensed/demo"
 LLAMAS = ("my-llama", "path/or/hub-id", "path/to/large-llama", "large-llama", "base", DEFAULT)
@@ -46,6 +47,7 @@ def build(world: Path) -> Path:
         (world / name / "README.md").write_text(CARD)
     for name in MASKED:
         encoders.build(world / name, "bert", max_position_embeddings=258)
+    families.save_with_images(world / "path" / "to" / "gemma-3")
     _texts(world)
     _published(world)
     _tasks(world)

@@ -14,7 +14,7 @@ import torch
 import linearize
 from linearize.errors import RefusedError, UsageError
 from linearize.evaluate import audit, evaluate
-from linearize.evaluate.recovery import recovery
+from linearize.evaluate.recovery import harm, recovery
 from linearize.evaluate.truncation import truncated
 from linearize.modeling.configuration_linearized import linearized_config
 from linearize.modeling.mixer_spec import MixerSpec
@@ -47,7 +47,16 @@ def test_recovery_is_zero_at_the_floor_and_a_hundred_at_the_teacher() -> None:
     # design/quality.md: the published LoLCATs recipe on the probe.
     r, _ = recovery(teacher=math.log(13.74), window=math.log(16.88), student=math.log(16.32))
     assert r == pytest.approx(16, abs=0.5)
-    assert recovery(teacher=2.0, window=3.0, student=3.5)[0] == -50.0
+
+
+def test_what_is_worse_than_the_cut_is_said_with_a_next_step() -> None:
+    value, (note,) = recovery(teacher=2.0, window=math.log(10.0), student=math.log(20.0))
+    assert value is not None and value < 0
+    assert "perplexity 20 " in note and "window, 10," in note and "align.tokens" in note
+    assert harm(full=math.log(20.0), window=math.log(10.0)) == [
+        "the linear branch does harm: with its window alone the student has perplexity 10 instead of 20"
+    ]
+    assert harm(full=2.0, window=2.0) == harm(full=2.0, window=1.995) == harm(full=2.0, window=None) == []
 
 
 def test_no_recovery_of_a_gap_that_means_nothing() -> None:

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import shutil
 from copy import deepcopy
+from pathlib import Path
 from typing import Any
 
 import torch
 from transformers import AutoConfig
 
+from linearize.artifacts.load import resolve
 from linearize.modeling.family_table import FAMILIES as TABLE
 from linearize.modeling.family_table import auto_class, implementation
 
@@ -144,3 +147,18 @@ def teacher(family: str, **changes: Any) -> Any:
         if p.ndim == 1:
             p.data += 0.2 * torch.randn_like(p)
     return model.eval()
+
+
+def save_with_images(folder: Path) -> None:
+    """A Gemma 3 that reads images, too, in bfloat16, with the demo's tokenizer, in `folder`."""
+    from transformers import Gemma3Config, Gemma3ForConditionalGeneration
+
+    # The whole has no bound on its logits, and the checkpoints of Gemma 3 ask for none.
+    text = {**SIZES, **TEACHERS["gemma3_text"], "vocab_size": 4096, "final_logit_softcapping": None}
+    vision = {"hidden_size": 32, "intermediate_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2,
+              "image_size": 16, "patch_size": 8}  # fmt: skip
+    torch.manual_seed(0)
+    config = Gemma3Config(text_config=deepcopy(text), vision_config=vision, mm_tokens_per_image=4, dtype="bfloat16")
+    Gemma3ForConditionalGeneration(config).to(torch.bfloat16).save_pretrained(folder)
+    for path in resolve("demo").glob("token*"):
+        shutil.copyfile(path, folder / path.name)

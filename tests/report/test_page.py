@@ -17,7 +17,7 @@ from linearize.report.bench import Curve
 from linearize.report.charts import Axis, Bar, Scale, Series, as_json, bar_table, in_bytes, line_chart, short
 from linearize.report.facts import memory_of, number, read_history, text, whole
 from linearize.report.make import render
-from linearize.report.sections import quality, training
+from linearize.report.sections import cards, quality, training
 
 EVIL = "\"><script>alert(1)</script><img src=x onerror=alert(2)>'--></style>\u2028${title}&amp;"
 MANIFEST: dict[str, Any] = {
@@ -208,10 +208,21 @@ def test_a_manifest_of_another_shape_leaves_gaps_not_tracebacks(damage: dict[str
 def test_recovery_beyond_its_ends_is_said_in_words() -> None:
     low = quality({**AUDIT, "R": -250.0}, "")
     assert "-250.0 %" in low and "width:0.0%" in low and "The cut teacher is better" in low
+    assert '<output class="worse"' in low and '<output class="worse"' not in quality({**AUDIT, "R": 5.0}, "")
+    assert 'class="first worse"' in cards({}, {**AUDIT, "R": -250.0}, None, "2")
+    assert 'class="first"' in cards({}, {**AUDIT, "R": 250.0}, None, "2") and "<div><dt>" in cards({}, None, None, "2")
     assert "width:100.0%" in quality({**AUDIT, "R": 104.0}, "") and "104.0 %" in quality({**AUDIT, "R": 104.0}, "")
     assert "Branch audit" in quality({**AUDIT, "R": None}, "") and "Recovery</b>" not in quality(
         {**AUDIT, "R": None}, ""
     )
+
+
+def test_a_share_fills_its_bar_only_where_it_is_all() -> None:
+    """The best layer explains 80 %: its bar has room left."""
+    layers = [{"layer": i, "explained": share} for i, share in enumerate((0.8, 0.25, -0.5))]
+    html = training({"figures": {"layers": layers}}, {}, "")
+    assert re.findall(r'class="student" width="([\d.]+)"', html) == ["80", "25", "0.4"]
+    assert "-50.0 %" in html
 
 
 def test_long_curves_get_a_running_mean_and_layers_a_ramp() -> None:
