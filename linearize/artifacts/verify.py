@@ -307,8 +307,8 @@ def _windows_digest(folder: Path, texts: list[str], recipe: Mapping[str, Any], *
     Raises:
         UsageError, RefusedError: it would make none.
     """
-    from linearize.convert.task import task_of  # only here: all else of artifacts is below the conversion
     from linearize.data import documents_apart
+    from linearize.task import task_of
 
     context, share, seed = (recipe.get(key, 0) for key in ("context", "repeats", "seed"))
     numbers = all(isinstance(value, (int, float)) for value in (context, share, seed))

@@ -37,12 +37,12 @@ from linearize.convert.replay import Replay, gradient_buffers, worth_recording
 from linearize.convert.restore import restoring, state_of, unpack_state
 from linearize.convert.stages import RECENT, StageShape, StageState, note
 from linearize.convert.surgery import trained_names
-from linearize.convert.task import CAUSAL, Task
 from linearize.data import batches
 from linearize.errors import VerificationError
 from linearize.modeling.family_table import body, lookup
 from linearize.progress import Progress
 from linearize.recipe import Align
+from linearize.task import CAUSAL, Task
 
 DEAD_AFTER = 10
 """Optimiser steps after which a layer must have moved."""

@@ -18,8 +18,8 @@ from linearize.artifacts.manifest import write_manifest
 from linearize.artifacts.tokenizer_files import carry
 from linearize.convert.card import model_card
 from linearize.convert.lora import extract
-from linearize.convert.task import CAUSAL, Task
 from linearize.modeling.family_table import TASKS, lookup
+from linearize.task import CAUSAL, Task
 
 SHARD = "5GB"
 GENERATION = "generation_config.json"

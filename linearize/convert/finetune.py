@@ -33,13 +33,13 @@ from linearize.convert.replay import Replay, gradient_buffers, worth_recording
 from linearize.convert.restore import restoring, state_of, unpack_state
 from linearize.convert.stages import RECENT, StageShape, StageState, note
 from linearize.convert.surgery import trained_names
-from linearize.convert.task import CAUSAL, Task
 from linearize.data import batches
 from linearize.errors import UsageError, VerificationError
 from linearize.masking import IGNORE
 from linearize.modeling.family_table import body, lookup
 from linearize.progress import Progress
 from linearize.recipe import Finetune
+from linearize.task import CAUSAL, Task
 
 DROPOUTS = ("attention_dropout", "dropout", "layerdrop", "jitter_noise")
 """Rates that native modules keep as numbers."""

@@ -14,9 +14,9 @@ from torch import Tensor, nn
 
 from linearize.convert.lanes import Lanes
 from linearize.convert.optim import autocast
-from linearize.convert.task import CAUSAL, Task
 from linearize.masking import IGNORE
 from linearize.modeling.family_table import body, logits, lookup
+from linearize.task import CAUSAL, Task
 from linearize_kernels.backend import pick
 from linearize_kernels.distill import distill_loss
 

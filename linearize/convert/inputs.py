@@ -21,10 +21,10 @@ from linearize.convert.same_run import how_asked
 from linearize.convert.stages import StageShape
 from linearize.convert.stream import Way, choose_way
 from linearize.convert.surgery import account
-from linearize.convert.task import Apart, Task, task_of
 from linearize.data import Source, documents_apart, load_source
 from linearize.errors import RefusedError, UsageError
 from linearize.recipe import Recipe
+from linearize.task import Apart, Task, task_of
 from linearize.teacher_bits import require_quantisable
 
 BYTES_PER_TOKEN = 8

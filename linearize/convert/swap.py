@@ -15,12 +15,12 @@ from torch import Tensor, nn
 from linearize.convert.finetune_loss import PIECE, token_losses
 from linearize.convert.stages import StageShape, shown
 from linearize.convert.surgery import LINEAR, linearize_model
-from linearize.convert.task import shifted_labels
 from linearize.errors import VerificationError
 from linearize.masking import IGNORE
 from linearize.modeling.family_table import body, logits, lookup
 from linearize.modeling.mixer_spec import MixerSpec
 from linearize.progress import NullProgress, Progress
+from linearize.task import shifted_labels
 
 TOKENS = {"cpu": 4_096, "cuda": 16_384}
 """Most tokens read at once."""

@@ -18,8 +18,8 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor
 
-from linearize.convert.task import CAUSAL, NEW_TOKENS, Task
 from linearize.errors import VerificationError
+from linearize.task import CAUSAL, NEW_TOKENS, Task
 
 MODES = {"import": "import linearize", "remote": "trust_remote_code=True"}
 RELATIVE = 1e-5

@@ -20,7 +20,6 @@ from linearize.convert.inputs import gather, identity_of
 from linearize.convert.optim import trainable
 from linearize.convert.pipeline import convert
 from linearize.convert.surgery import linearize_model, mixer_plan
-from linearize.convert.task import CAUSAL, Apart, shifted_labels, task_of
 from linearize.data import load_texts
 from linearize.errors import RefusedError, UsageError
 from linearize.masking import IGNORE
@@ -28,6 +27,7 @@ from linearize.modeling.family_table import body
 from linearize.modeling.mixer_spec import MixerSpec
 from linearize.modeling.modeling_linearized import attention_layers
 from linearize.recipe import Align, load_recipe
+from linearize.task import CAUSAL, Apart, shifted_labels, task_of
 
 BOS, EOS = 256, 257
 TASK = Apart(bos=BOS, eos=None)

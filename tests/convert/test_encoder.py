@@ -22,10 +22,10 @@ from linearize.convert.finetune_loss import backward_losses
 from linearize.convert.pipeline import convert
 from linearize.convert.plan import inspect, make_plan
 from linearize.convert.surgery import linearize_model
-from linearize.convert.task import Masked, task_of
 from linearize.errors import UsageError
 from linearize.masking import IGNORE
 from linearize.recipe import load_recipe
+from linearize.task import Masked, task_of
 from tests import encoders
 from tests.interrupter import Interrupter
 

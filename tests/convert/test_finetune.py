@@ -27,13 +27,13 @@ from linearize.convert.lora import extract, inject, merged_weight, target_module
 from linearize.convert.optim import trainable
 from linearize.convert.stages import StageState, stage_shape
 from linearize.convert.surgery import linearize_model, mixer_plan
-from linearize.convert.task import shifted_labels
 from linearize.errors import UsageError, VerificationError
 from linearize.masking import IGNORE
 from linearize.modeling.mixer import Mixer
 from linearize.modeling.mixer_spec import MixerSpec
 from linearize.progress import NullProgress
 from linearize.recipe import Finetune, Lora
+from linearize.task import shifted_labels
 
 SPEC = MixerSpec(window=8)
 

@@ -11,7 +11,7 @@ from torch import nn
 
 from linearize.convert import finetune_loss as module
 from linearize.convert.finetune_loss import backward_losses
-from linearize.convert.task import shifted_labels
+from linearize.task import shifted_labels
 from linearize_kernels.backend import HAS_TRITON, VARIABLE, interpreting
 
 pytestmark = pytest.mark.skipif(not HAS_TRITON or not interpreting(), reason="needs Triton's interpreter")

@@ -23,10 +23,10 @@ from linearize.convert.exact import put_together
 from linearize.convert.pipeline import convert
 from linearize.convert.plan import make_plan
 from linearize.convert.surgery import linearize_model
-from linearize.convert.task import CAUSAL
 from linearize.errors import RefusedError, UsageError
 from linearize.modeling.mixer_spec import MixerSpec
 from linearize.recipe import load_recipe
+from linearize.task import CAUSAL
 from linearize_cli.app import main
 from tests import encoders
 from tests.conftest import save_byte_tokenizer
