@@ -15,6 +15,8 @@ from .gated import CHUNK, LARGEST, _rows, gated_linear
 
 WIDEST = 128
 """Channels of a query that the kernels hold beside a tile of features."""
+BEYOND_FLOAT16 = {"hedgehog_exp": "e^15", "hedgehog_softmax": "1e-12", "learned_softmax": "1e-12"}
+"""Maps whose features float16 cannot hold, and one that it cannot."""
 FLOORS = {"hedgehog_softmax": 1e-12, "learned_softmax": 1e-12, "relu": 1e-6}
 EXP_LIMIT = 15.0
 MAPS = ("hedgehog_exp", "hedgehog_softmax", "learned_softmax", "relu", "crelu", "linear")
@@ -91,8 +93,8 @@ def mapped_gated_linear(
         fq = map_features(q.to(wide), q_weight, q_bias, map)
         fk = map_features(k.to(wide), k_weight, k_bias, map)
         inner = "torch" if backend == "torch" else "auto"
-        if q.is_cuda and inner == "auto" and not (map == "hedgehog_exp" and v.dtype == torch.float16):
-            fq, fk = fq.to(v.dtype), fk.to(v.dtype)  # as gated_linear's kernels read them; e^15 is beyond float16
+        if q.is_cuda and inner == "auto" and not (map in BEYOND_FLOAT16 and v.dtype == torch.float16):
+            fq, fk = fq.to(v.dtype), fk.to(v.dtype)  # as gated_linear's kernels read them
         return gated_linear(
             fq, fk, v, log_decay, scale=scale, normaliser=normaliser, state=state, return_state=return_state, lag=lag,
             chunk=chunk, cu_seqlens=cu_seqlens, backend=inner,
@@ -119,8 +121,8 @@ def _unable(q, k, v, g, name: str, lag: bool) -> str | None:  # type: ignore[no-
         return "a decay per channel needs features that are given"
     if v.shape[3] > LARGEST or q.shape[3] > WIDEST:
         return f"heads have {q.shape[3]} and {v.shape[3]} channels, more than {WIDEST} and {LARGEST}"
-    if name == "hedgehog_exp" and q.dtype == torch.float16:
-        return "e^15 is beyond float16"
+    if name in BEYOND_FLOAT16 and q.dtype == torch.float16:
+        return f"{BEYOND_FLOAT16[name]} is beyond float16; use bfloat16"
     if len({q.dtype, k.dtype, v.dtype}) > 1:
         return f"q, k and v differ in dtype ({q.dtype}, {k.dtype}, {v.dtype})"
     return "there are no tokens" if q.shape[2] == 0 else None

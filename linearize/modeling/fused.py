@@ -39,6 +39,8 @@ OWN_MAPS = ("hedgehog_softmax", "hedgehog_exp", "relu", "softmax")
 """Feature maps inside `window_linear`."""
 INNER_MAPS = ("hedgehog_exp", "hedgehog_softmax", "learned_softmax", "relu", "crelu", "linear")
 """Feature maps inside `mapped_gated_linear`."""
+WIDE_MAPS = ("hedgehog_exp", "hedgehog_softmax", "learned_softmax")
+"""Feature maps with a wider range than float16."""
 WINDOWS = (16, 32, 64, 128)
 NORM_EPS = 1e-6
 
@@ -68,7 +70,7 @@ def mix(
         if mixer.backend == "triton":
             raise ValueError("backend 'triton' cannot serve this: linearize_kernels is not installed")
         return None
-    if pick(mixer.backend, q, k, v, unable=unable(mixer, q, layout, cache)) != "triton":
+    if pick(mixer.backend, q, k, v, unable=unable(mixer, q, layout, cache, dtype=dtype)) != "triton":
         return None
     q, k, v = q.to(dtype), k.to(dtype), v.to(dtype)
     state = None
@@ -88,9 +90,13 @@ def mix(
     return x.put_back(out)
 
 
-def unable(mixer: Mixer, q: Tensor, layout: Layout | None = None, cache: Any = None) -> str | None:
-    """Why no fused op serves this mixer as it is set, or None."""
+def unable(
+    mixer: Mixer, q: Tensor, layout: Layout | None = None, cache: Any = None, *, dtype: torch.dtype | None = None
+) -> str | None:
+    """Why no fused op serves this mixer as it is set, or None. `dtype`: in which it would read; None: q's."""
     spec = mixer.spec
+    if (dtype or q.dtype) == torch.float16 and _beyond_float16(mixer):
+        return f"features of the map {spec.feature_map!r} leave the range of float16; bfloat16 has it"
     if mixer.execution == "quadratic" or mixer.record_weights:
         return "the quadratic form has no kernel"
     if mixer.softcap is not None and spec.window and mixer.branches != "linear":
@@ -112,6 +118,17 @@ def unable(mixer: Mixer, q: Tensor, layout: Layout | None = None, cache: Any = N
     if cache is not None and cache.seen and spec.sinks:
         return "sinks that lie in a cache have no kernel"
     return None
+
+
+def _beyond_float16(mixer: Mixer) -> bool:
+    """Whether the linear branch's features, from 1e-12 or to e^15, would be kept in the dtype of the model."""
+    spec = mixer.spec
+    if spec.write == "none" or mixer.branches == "window" or spec.feature_map not in WIDE_MAPS:
+        return False
+    near = bool(spec.window) and mixer.branches != "linear"
+    plain = spec.write == "add" and spec.decay == "none" and (spec.lagged or not near)
+    made_inside = plain and spec.key_map == "same" and not (near and (spec.own_qk or not spec.rope))
+    return not (spec.feature_map == "hedgehog_softmax" and made_inside)  # there they are made in float32, tile by tile
 
 
 def attend(mixer: Mixer, x: Tokens, *, keep: bool) -> tuple[Tensor, Tensor | None]:

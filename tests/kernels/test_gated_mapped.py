@@ -205,6 +205,13 @@ def test_other_decays_and_lags_are_served_from_features() -> None:
     torch.testing.assert_close(mapped_gated_linear(**x, map="relu", lag=True, chunk=16), want)
 
 
+@pytest.mark.parametrize("name", ["hedgehog_exp", "hedgehog_softmax", "learned_softmax"])
+def test_features_that_float16_cannot_hold_are_refused(name: str) -> None:
+    x = {n: None if t is None else t.half() for n, t in made(name).items()}
+    with pytest.raises(ValueError, match="is beyond float16; use bfloat16"):
+        mapped_gated_linear(**x, map=name, backend="triton")
+
+
 @pytest.mark.parametrize(
     ("change", "message"),
     [

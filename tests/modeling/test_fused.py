@@ -238,6 +238,26 @@ def test_what_cannot_be_served_is_said(spec: MixerSpec, reason: str) -> None:
     assert torch.equal(run(build(spec, "auto"), tokens()), run(build(spec), tokens()))
 
 
+@pytest.mark.parametrize(("name", "fits"), [("pure", False), ("hybrid", False), ("lolcats", True), ("mamba2", True)])
+def test_float16_serves_where_it_holds_the_features(name: str, fits: bool) -> None:
+    """Steep maps give features down to 1e-12, which float16 rounds to nothing."""
+    exact, mixer = build(RECIPES[name]), build(RECIPES[name], "triton")
+    for one in (exact, mixer):
+        if RECIPES[name].feature_map in LEARNED_MAPS:
+            one.q_map.weight.data *= 12.0
+            one.k_map.weight.data *= 12.0
+        one.half()
+    given = {n: v.half() for n, v in tokens().items()}
+    want = run(exact.double(), {n: v.double() for n, v in given.items()})
+    if fits:
+        assert relative(run(mixer, given).double(), want) < 1e-3
+    else:
+        with pytest.raises(ValueError, match=r"cannot serve this: .* leave the range of float16; bfloat16 has it"):
+            run(mixer, given)
+        mixer.backend = "auto"
+        assert relative(run(mixer, given).double(), want) < 1e-3
+
+
 def test_a_backend_is_one_of_three() -> None:
     with pytest.raises(ValueError, match="'cuda' is not one of auto, torch, triton"):
         run(build(RECIPES["lolcats"], "cuda"), tokens())
