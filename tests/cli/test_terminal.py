@@ -12,6 +12,7 @@ import pytest
 from linearize_cli.app import main
 from linearize_cli.output import console, fail, print_report, print_table, say
 from linearize_cli.terminal import clean
+from tests.cli.stand_ins import RUNS
 
 EVIL = "\x1b]0;title\x07\x1b[31m\x9b2J\x7f\rX"
 
@@ -65,3 +66,15 @@ def test_nothing_of_an_export_steers_a_terminal(
     assert main([name, str(exported(tmp_path / "out")), *options]) in (2, 3, 4)
     out, err = capsys.readouterr()
     assert err and clean(out + err) == out + err
+
+
+def test_generated_text_cannot_steer_a_terminal(
+    library: dict[str, Any], capsys: pytest.CaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    library["generate"]["text"] = "a\tb\n\x1b]52;c;eA==\x07\x1b[2J\x9b\rc"
+    assert main(RUNS["generate"]) == 0
+    assert capsys.readouterr().out.endswith(library["generate"]["text"] + "\n"), "to a file or a pipe every byte"
+    monkeypatch.setattr("sys.stdout.isatty", lambda: True)
+    assert main(RUNS["generate"]) == 0
+    out = capsys.readouterr().out.removeprefix("chatter of a library\n")
+    assert out == "a\tb\n\\x1b]52;c;eA==\\x07\\x1b[2J\\x9b\\x0dc\n"

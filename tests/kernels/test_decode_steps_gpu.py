@@ -17,10 +17,7 @@ from linearize.modeling.cache_linearized import LinearStateLayer
 from linearize.modeling.mixer import Mixer
 from linearize.modeling.mixer_spec import MixerSpec
 
-pytestmark = [
-    pytest.mark.gpu,
-    pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU"),
-]
+pytestmark = pytest.mark.gpu
 HEADS, KV_HEADS, WIDTH, HIDDEN = 4, 2, 128, 512
 PLACES = [127, 2047, 0, 63, 5, 64, 1000, 191, 65]
 STATE = 2e-5

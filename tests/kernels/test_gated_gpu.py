@@ -10,10 +10,7 @@ from linearize_kernels.gated import gated_linear
 from linearize_kernels.gated_mapped import map_features, mapped_gated_linear
 from linearize_kernels.linear import chunk_linear
 
-pytestmark = [
-    pytest.mark.gpu,
-    pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU"),
-]
+pytestmark = pytest.mark.gpu
 FLOOR = 1e-3
 """Relative error under which bfloat16 cannot be told from luck."""
 

@@ -1,0 +1,3 @@
+from tests.cli.stand_ins import library
+
+__all__ = ["library"]
