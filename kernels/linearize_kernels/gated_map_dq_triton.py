@@ -4,9 +4,8 @@
 
 A softmax needs sum_f phi_f dphi_f of the whole row before any dy, of features above their floor: a first launch finds
 the sums. One softmax over a denominator has sums of 0 over all features, for scaling them changes nothing; that holds
-in bfloat16 where e is made of an output that was not rounded (`rest`): with a rounded one gradients were off by up to
-2.7 times as much. Features at their floor matter where a denominator is not far above them, and there alone the launch
-does something.
+in bfloat16 where e is made of an output that was not rounded (`rest`). Features at their floor matter where a
+denominator is not far above them, and there alone the launch does something.
 """
 
 from typing import Any

@@ -1,7 +1,8 @@
 """Gated linear attention with its feature maps inside, as one operator for autograd and torch.compile.
 
 Features live as long as the slice they belong to (gated_map_slices.py): the backward pass makes them again, from what
-the forward pass was given. Kept are the inputs, the output and the denominators.
+the forward pass was given. Kept are the inputs, the output, the denominators, and of a softmax the logs of its sums and
+what rounding took off the output.
 """
 
 import torch

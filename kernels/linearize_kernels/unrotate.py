@@ -21,14 +21,7 @@ def unrotate(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, *, backend: 
     Raises:
         ValueError: shapes that do not belong together, or a backend that cannot serve.
     """
-    _check(x, cos, sin)
-    if pick(backend, x, cos, sin) == "triton":
-        from .unrotate_triton import unrotate_op
-
-        x, cos, sin = (y if y.stride(-1) == 1 else y.contiguous() for y in (x, cos, sin))
-        found: torch.Tensor = unrotate_op(x, cos.detach(), sin.detach(), None, 1.0)
-        return found
-    return _turned_back(x, cos, sin).to(x.dtype).transpose(1, 2).contiguous().transpose(1, 2)
+    return _turned(x, cos, sin, None, 1.0, backend)
 
 
 def unrotate_and_add(
@@ -41,32 +34,31 @@ def unrotate_and_add(
 
     Other arguments, the result and errors are those of `unrotate`.
     """
-    _check(x, cos, sin)
     if own.shape != x.shape:
         raise ValueError(f"own {tuple(own.shape)} is not of the shape of x {tuple(x.shape)}")
-    if pick(backend, x, cos, sin, own) == "triton":
-        from .unrotate_triton import unrotate_op
-
-        x, cos, sin, own = (y if y.stride(-1) == 1 else y.contiguous() for y in (x, cos, sin, own))
-        found: torch.Tensor = unrotate_op(x, cos.detach(), sin.detach(), own, factor)
-        return found
-    back = _turned_back(x, cos, sin)
-    return (back + factor * own.to(back.dtype)).to(x.dtype).transpose(1, 2).contiguous().transpose(1, 2)
+    return _turned(x, cos, sin, own, factor, backend)
 
 
-def _check(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> None:
+def _turned(
+    x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, own: torch.Tensor | None, factor: float, backend: str
+) -> torch.Tensor:
     batch, _, length, width = x.shape
     turned = cos.shape[-1]
     if cos.shape != sin.shape or cos.shape[:2] not in ((batch, length), (1, length)) or turned % 2 or turned > width:
         raise ValueError(
             f"x {tuple(x.shape)}, cos {tuple(cos.shape)} and sin {tuple(sin.shape)} do not belong together"
         )
+    if pick(backend, x, cos, sin, own) == "triton":
+        from .unrotate_triton import unrotate_op
 
-
-def _turned_back(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
-    """The definition, in float32 at least."""
-    wide, turned = torch.promote_types(x.dtype, torch.float32), cos.shape[-1]
+        x, cos, sin = (y if y.stride(-1) == 1 else y.contiguous() for y in (x, cos, sin))
+        own = own if own is None or own.stride(-1) == 1 else own.contiguous()
+        found: torch.Tensor = unrotate_op(x, cos.detach(), sin.detach(), own, factor)
+        return found
+    wide = torch.promote_types(x.dtype, torch.float32)
     cos, sin = cos.to(wide).unsqueeze(1), sin.to(wide).unsqueeze(1)
     first, second = x[..., :turned].to(wide).chunk(2, dim=-1)
     back = (x[..., :turned].to(wide) * cos + torch.cat((second, -first), dim=-1) * sin) / (cos.square() + sin.square())
-    return torch.cat((back, x[..., turned:].to(wide)), dim=-1)
+    made = torch.cat((back, x[..., turned:].to(wide)), dim=-1)
+    made = made if own is None else made + factor * own.to(wide)
+    return made.to(x.dtype).transpose(1, 2).contiguous().transpose(1, 2)

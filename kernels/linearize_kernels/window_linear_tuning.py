@@ -24,7 +24,7 @@ def window_linear_scan(capability: int, channels: int, width: int, chunk: int, d
 def window_linear_segments(capability: int, programs: int, blocks: int) -> int:
     """Into how many segments a scan is cut that has `programs` programs without, over `blocks` blocks each."""
     if capability == 0:
-        return 1 + (blocks >= 6) + (blocks >= 9)  # the interpreter: both ways are tested
+        return 1 + (blocks >= 6) + (blocks >= 9)  # the interpreter: one, two and three are tested
     wanted = 2 * 132 // max(programs, 1)  # two programs a multiprocessor, all at once
     return max(1, min(wanted, blocks // 8, 16))
 

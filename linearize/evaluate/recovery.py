@@ -123,9 +123,10 @@ def recovery(*, teacher: float, window: float, student: float) -> tuple[float | 
             f"R is not defined: cut to the window, the teacher has perplexity {safe_exp(window):.4g} instead of "
             f"{safe_exp(teacher):.4g}; the cut costs it less than {MINIMUM_GAP:.0%} here, too little to take a share of"
         ]
+    share = 100.0 * (window - student) / gap
     if student <= window:
-        return 100.0 * (window - student) / gap, []
-    return 100.0 * (window - student) / gap, [
+        return share, []
+    return share, [
         f"R is below 0: with perplexity {safe_exp(student):.4g} the student is worse than its teacher merely cut to "
         f"the window, {safe_exp(window):.4g}, which needs no training; give it more tokens (align.tokens, "
         "finetune.tokens) or another recipe (linearize recipes ls)"

@@ -126,9 +126,21 @@ def _beyond_float16(mixer: Mixer) -> bool:
     if spec.write == "none" or mixer.branches == "window" or spec.feature_map not in WIDE_MAPS:
         return False
     near = bool(spec.window) and mixer.branches != "linear"
-    plain = spec.write == "add" and spec.decay == "none" and (spec.lagged or not near)
-    made_inside = plain and spec.key_map == "same" and not (near and (spec.own_qk or not spec.rope))
-    return not (spec.feature_map == "hedgehog_softmax" and made_inside)  # there they are made in float32, tile by tile
+    # In `window_linear` they are made in float32, tile by tile; it refuses e^15 by itself.
+    return not (_one_op(mixer, near=near) and _own_maps(mixer, near=near))
+
+
+def _one_op(mixer: Mixer, *, near: bool) -> bool:
+    """Whether the linear branch, with the window if `near`, is one call of `window_linear`."""
+    spec = mixer.spec
+    return spec.write == "add" and spec.decay == "none" and (spec.lagged or not near)
+
+
+def _own_maps(mixer: Mixer, *, near: bool) -> bool:
+    """Whether that call makes the features, of the queries and keys that its window reads."""
+    spec = mixer.spec
+    plain = spec.key_map == "same" and spec.feature_map in OWN_MAPS
+    return plain and not (near and (spec.own_qk or not spec.rope))
 
 
 def attend(mixer: Mixer, x: Tokens, *, keep: bool) -> tuple[Tensor, Tensor | None]:
@@ -136,8 +148,7 @@ def attend(mixer: Mixer, x: Tokens, *, keep: bool) -> tuple[Tensor, Tensor | Non
     spec = mixer.spec
     near_wanted = bool(spec.window) and mixer.branches != "linear"
     far_wanted = spec.write != "none" and mixer.branches != "window"
-    plain = spec.write == "add" and spec.decay == "none"
-    if far_wanted and plain and (spec.lagged or not near_wanted):
+    if far_wanted and _one_op(mixer, near=near_wanted):
         return together(mixer, x, near=near_wanted, keep=keep)
     near = log_sum = far = last = None
     if near_wanted:
@@ -172,8 +183,7 @@ def together(mixer: Mixer, x: Tokens, *, near: bool, keep: bool) -> tuple[Tensor
     else:
         options = {"window": 0, "coverage": "all"}
     maps: dict[str, Any] = {"map": spec.feature_map}
-    plain = spec.key_map == "same" and spec.feature_map in OWN_MAPS
-    if plain and not (near and (spec.own_qk or not spec.rope)):
+    if _own_maps(mixer, near=near):
         if not near:
             q, k = x.linear_qk(mixer)
             k = k if spec.feature_map != "softmax" else _per_state(mixer, k)
