@@ -99,6 +99,8 @@ def window_linear(
     """
     if window == 0:
         coverage, mix = "all", "sum"
+    if k.shape != v.shape or q.shape[0] != k.shape[0] or q.shape[2:] != k.shape[2:] or q.shape[1] % k.shape[1]:
+        raise ValueError(f"q {tuple(q.shape)}, k {tuple(k.shape)} and v {tuple(v.shape)} do not belong together")
     _check(map, mix, normaliser, coverage, train, q_weight, k_weight, fq, fk, gamma, gate, mass, cu_seqlens, starts, q)
     near = {"shared": gamma, "gate": gate, "mass": mass}.get(mix) if window else None
     if map == "precomputed":

@@ -86,7 +86,7 @@ def mix(
         x = later_tokens(q, k, v, inputs, rotation, state)
     out, last = attend(mixer, x, keep=state is not None)
     if state is not None:
-        remember(state, x, k, v, last)
+        remember(state, x, k, v, inputs, last)
     return x.put_back(out)
 
 
@@ -115,6 +115,8 @@ def unable(
         return "a cache that gradients flow through has no kernel"
     if cache is not None and cache.seen and (layout is not None or cache.uniform is None):
         return "rows of unequal length that go on from a cache have no kernel"
+    if cache is not None and cache.seen and spec.lagged and spec.write == "delta":
+        return "the delta rule over what the window cannot see has no kernel that goes on from a cache"
     if cache is not None and cache.seen and spec.sinks:
         return "sinks that lie in a cache have no kernel"
     return None
@@ -183,10 +185,14 @@ def together(mixer: Mixer, x: Tokens, *, near: bool, keep: bool) -> tuple[Tensor
     else:
         options = {"window": 0, "coverage": "all"}
     maps: dict[str, Any] = {"map": spec.feature_map}
+    first, copies = x.first_state(mixer, always_z=True), 1
     if _own_maps(mixer, near=near):
         if not near:
             q, k = x.linear_qk(mixer)
-            k = k if spec.feature_map != "softmax" else _per_state(mixer, k)
+            v = v if k.shape[1] == v.shape[1] else _per_state(mixer, v)
+        if spec.feature_map == "softmax":  # without weights, states that share a key head are the same
+            copies = mixer.state_heads // k.shape[1]
+            first = first if first is None else first[:, ::copies]
         for name, module in (("q", mixer.q_map), ("k", mixer.k_map)):
             maps |= {f"{name}_{part}": getattr(module, part) for part in ("weight", "bias") if hasattr(module, part)}
     else:
@@ -195,9 +201,10 @@ def together(mixer: Mixer, x: Tokens, *, near: bool, keep: bool) -> tuple[Tensor
     own = spec.normaliser in ("shared", "own")
     found = window_linear(
         q, k, v, **maps, **options, scale=mixer.scaling, normaliser="own" if own else "none", cu_seqlens=x.bounds,
-        state=x.first_state(mixer, always_z=True), return_state=keep, train=_trained(q, k, v), backend=mixer.backend,
+        state=first, return_state=keep, train=_trained(q, k, v), backend=mixer.backend,
     )  # fmt: skip
     out, last = _both(found)
+    last = last if last is None or copies == 1 else last.repeat_interleave(copies, dim=1)
     out = x.new_rows(out) if near else out
     return (out if own or near else finished(mixer, out)), last
 

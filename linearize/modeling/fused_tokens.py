@@ -206,25 +206,33 @@ def later_tokens(q: Tensor, k: Tensor, v: Tensor, inputs: Tensor, rotation: Rota
 
 
 @torch.no_grad()
-def remember(state: MixerState, x: Tokens, k: Tensor, v: Tensor, last: Tensor | None) -> None:
+def remember(state: MixerState, x: Tokens, k: Tensor, v: Tensor, inputs: Tensor, last: Tensor | None) -> None:
     """Write the state after the tokens, their last two blocks and the sinks to the cache.
 
     Args:
-        k, v: the call's keys and values [B, K, T, D], as Mixer.forward was given them.
+        k, v, inputs: the call's keys and values [B, K, T, D] and input [B, T, C], as Mixer.forward was given them.
         last: [B, S, F, D or D + 1], or None where there is no linear branch.
     """
+    mixer, spec = state.mixer, state.mixer.spec
+    parts: dict[str, Tensor] = {"k": k, "v": v}
+    if spec.lagged and spec.write == "delta":  # written with these once a block leaves the window
+        g, beta = mixer.gates(x.precise(inputs), k)
+        parts |= {name: made for name, made in (("g", g), ("beta", beta)) if made is not None}
+    if last is not None:
+        state._keep(last)
+    if x.layout is None and x.fresh:
+        state.begin(parts)
+        return
     before = state.tensors["position"].clone()
     if x.layout is None:
         after = before + k.shape[2]
     else:
-        k, v = x.layout.gather(k, 2), x.layout.gather(v, 2)
+        parts = {name: x.layout.gather(part, 2) for name, part in parts.items()}
         after = before + x.layout.lengths
-    state._store_sinks(k, v, before, after)
-    if last is not None:
-        state._keep(last)
-    if state.mixer.spec.window:
+    state._store_sinks(parts["k"], parts["v"], before, after)
+    if spec.window:
         if x.region is None:
-            state._store_ring({"k": k, "v": v}, torch.zeros_like(before), after)
+            state._store_ring(parts, torch.zeros_like(before), after)
         else:
             state._store_ring({"k": x.near_k, "v": x.near_v}, x.region.start, after)
     state._put("position", after)

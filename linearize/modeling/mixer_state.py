@@ -188,6 +188,27 @@ class MixerState:
             old = self.tensors[name]
             self._put(name, torch.where(keep_rows(arrived, old), take(x, index).to(old.dtype), old))
 
+    def begin(self, parts: dict[str, torch.Tensor]) -> None:
+        """Sinks, ring and position after the first tokens of an empty memory, as many and all real in every row.
+
+        parts: what the ring holds of them, by name, [B, S, T, ...]. The same as `_store_sinks` and `_store_ring` give,
+        without their questions to the device.
+        """
+        spec, tensors, length = self.mixer.spec, self.tensors, parts["k"].shape[2]
+        for name in "kv" if spec.sinks else "":
+            tensors[f"sink_{name}"][:, :, :length] = parts[name][:, :, : spec.sinks]
+        if spec.window:
+            first = max(length // spec.window - 1, 0) * spec.window
+            slot = first % (2 * spec.window)
+            turn = min(first + 2 * spec.window - slot, length)  # from here on in the ring's first slots
+            for name, x in parts.items():
+                ring = tensors[f"ring_{name}"]
+                ring[:, :, slot : slot + turn - first] = x[:, :, first:turn]
+                if turn < length:
+                    ring[:, :, : length - turn] = x[:, :, turn:]
+        tensors["position"].fill_(length)
+        self.cache.count(length)
+
     def _store_ring(self, parts: dict[str, torch.Tensor], start: torch.Tensor, after: torch.Tensor) -> None:
         """Refill the ring from a region that begins at position `start`; slots out of sight become zero."""
         window = self.mixer.spec.window

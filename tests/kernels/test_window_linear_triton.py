@@ -226,6 +226,7 @@ def test_what_it_refuses() -> None:
     x = tensors(length=20)
     for change, words in (
         ({"map": "cosine"}, "cosine"),
+        ({"k": x["k"].repeat_interleave(2, dim=1)}, "belong together"),
         ({"gamma": None}, "gamma"),
         ({"coverage": "all"}, "outside"),
         ({"q_weight": None}, "q_weight"),

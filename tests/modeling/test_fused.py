@@ -43,6 +43,18 @@ SERVED = list({spec: name for name, spec in sorted(RECIPES.items(), reverse=True
     ::-1
 ]
 """One recipe of each mixer: lolcats-hybrid has that of lolcats, hybrid that of pure."""
+OTHERS = {
+    **{name: small(MixerSpec(**EXTRA[name])) for name in ("gated-delta-lagged", "delta-mass", "window-alone")},
+    "delta-lagged-fixed": small(MixerSpec(**EXTRA["gated-delta-lagged"] | {"decay": "fixed", "state_heads": "query"})),
+    "softmax-lagged": MixerSpec(feature_map="softmax", window=16, sinks=3),
+    "softmax-beside": MixerSpec(feature_map="softmax", normaliser="own", window=16, mix="mass", coverage="all"),
+    "softmax-alone": MixerSpec(feature_map="softmax", normaliser="own", window=0, coverage="all"),
+    "exp-alone": MixerSpec(
+        feature_map="hedgehog_exp", feature_dim=16, normaliser="own", window=0, coverage="all", own_qk=True
+    ),
+}
+"""Mixers of no recipe that ops are given in another way."""
+EVERY = RECIPES | OTHERS
 
 
 @pytest.fixture(autouse=True)
@@ -129,21 +141,21 @@ def test_maps_as_steep_as_training_makes_them(name: str, steep: float) -> None:
 
 
 @pytest.mark.parametrize("branches", ["window", "linear"])
-@pytest.mark.parametrize("name", ["lolcats", "pure"])
+@pytest.mark.parametrize("name", ["lolcats", "pure", "softmax-lagged"])
 def test_one_branch_alone(name: str, branches: str) -> None:
-    one, other = build(RECIPES[name]), build(RECIPES[name], "triton")
+    one, other = build(EVERY[name]), build(EVERY[name], "triton")
     one.branches = other.branches = branches
     assert_same_gradients(one, other, tokens())
 
 
-@pytest.mark.parametrize("name", SERVED)
+@pytest.mark.parametrize("name", [*SERVED, *OTHERS])
 @torch.no_grad()
 def test_prefill_leaves_the_same_cache(name: str) -> None:
     """And both go on from it alike."""
     x = tokens(heads=MORE)
     for length in (33, 48):
         caches = [LinearStateLayer(), LinearStateLayer()]
-        one, other = build(RECIPES[name], heads=MORE), build(RECIPES[name], "triton", MORE)
+        one, other = build(EVERY[name], heads=MORE), build(EVERY[name], "triton", MORE)
         want, got = (run(m, x, 0, length, cache=cache) for m, cache in zip((one, other), caches, strict=True))
         assert relative(got, want) < LIMIT
         assert_same_cache(caches[1], caches[0])
@@ -162,22 +174,35 @@ def assert_same_cache(got: LinearStateLayer, want: LinearStateLayer) -> None:
         assert error < LIMIT, f"{key}: {error:.1e}"
 
 
-@pytest.mark.parametrize("name", ["lolcats", "hedgehog", "liger-gla", "mamba2", "gated-deltanet"])
+@pytest.mark.parametrize(
+    "name", ["lolcats", "hedgehog", "liger-gla", "mamba2", "gated-deltanet", "softmax-alone", "softmax-beside"]
+)
 @torch.no_grad()
 def test_tokens_that_go_on_from_a_cache(name: str) -> None:
     """A second prefill, from inside a block: what is held of the last blocks is part of the window."""
     x, caches = tokens(heads=MORE), [LinearStateLayer(), LinearStateLayer()]
-    one, other = build(RECIPES[name], heads=MORE), build(RECIPES[name], "triton", MORE)
+    one, other = build(EVERY[name], heads=MORE), build(EVERY[name], "triton", MORE)
     for a, b in ((0, 21), (21, 54)):
         want, got = (run(m, x, a, b, cache=cache) for m, cache in zip((one, other), caches, strict=True))
         assert relative(got, want) < LIMIT
     assert_same_cache(caches[1], caches[0])
 
 
-@pytest.mark.parametrize("name", SERVED)
+@torch.no_grad()
+def test_a_delta_rule_behind_the_window_goes_on_in_torch() -> None:
+    x, mixer, cache = tokens(), build(OTHERS["gated-delta-lagged"], "triton"), LinearStateLayer()
+    want = run(mixer, x)
+    first = run(mixer, x, 0, 21, cache=cache)
+    with pytest.raises(ValueError, match="goes on from a cache"):
+        run(mixer, x, 21, cache=cache)
+    mixer.backend = "auto"
+    assert relative(torch.cat((first, run(mixer, x, 21, cache=cache)), dim=1), want) < LIMIT
+
+
+@pytest.mark.parametrize("name", [*SERVED, *OTHERS])
 @torch.no_grad()
 def test_padded_rows_and_their_cache(name: str) -> None:
-    one, other = build(RECIPES[name], heads=MORE), build(RECIPES[name], "triton", MORE)
+    one, other = build(EVERY[name], heads=MORE), build(EVERY[name], "triton", MORE)
     x = tokens(40, batch=3, heads=MORE)
     mask = torch.ones(3, 40)
     mask[1, :7] = 0
