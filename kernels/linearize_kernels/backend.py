@@ -204,6 +204,19 @@ def _missing(tensors: tuple[torch.Tensor | None, ...]) -> str | None:
     return None if all(x.is_cuda for x in given) else "the tensors are not on a GPU"
 
 
+def unseen(*inputs: object) -> bool:
+    """Whether nothing would see an op of these inputs: nothing traces it, and no gradient is wanted.
+
+    It may then run as a plain function: the way through torch.library costs the host more than several launches.
+    """
+    if torch.compiler.is_compiling():
+        return False
+    tensors = [x for x in inputs if isinstance(x, torch.Tensor)]
+    if any(type(x) not in (torch.Tensor, torch.nn.Parameter) for x in tensors):
+        return False
+    return not (torch.is_grad_enabled() and any(x.requires_grad for x in tensors))
+
+
 def empty(shape: tuple[int, ...], *, dtype: torch.dtype, device: torch.device) -> torch.Tensor:
     """A buffer that a kernel will fill; full of nan where LINEARIZE_POISON is 1."""
     made = torch.empty(shape, dtype=dtype, device=device)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 
-from .backend import pick
+from .backend import pick, unseen
 
 
 def blend(near: torch.Tensor, far: torch.Tensor, share: torch.Tensor, *, backend: str = "auto") -> torch.Tensor:
@@ -27,10 +27,10 @@ def blend(near: torch.Tensor, far: torch.Tensor, share: torch.Tensor, *, backend
             f"{tuple(share.shape)} do not belong together"
         )
     if pick(backend, near, far, share) == "triton":
-        from .blend_triton import blend_op
+        from .blend_triton import blend_op, forward
 
         near, far = (x if x.stride(-1) == 1 else x.contiguous() for x in (near, far))
-        blended: torch.Tensor = blend_op(near, far, share.float())
+        blended: torch.Tensor = (forward if unseen(near, far, share) else blend_op)(near, far, share.float())
         return blended
     precise = torch.promote_types(near.dtype, torch.float32)
     a = share.to(precise).unsqueeze(-1)

@@ -7,6 +7,7 @@ import triton
 import triton.language as tl
 
 from .backend import empty
+from .compiled import found_for, start
 from .tuning import blend_rows
 
 
@@ -58,7 +59,9 @@ def _launch(kernel: Any, tensors: list[torch.Tensor], strided: list[torch.Tensor
     strides = [s for x in strided for s in x.stride()[:3]]
     size = blend_rows(width)
     if rows:
-        kernel[(triton.cdiv(rows, size["R"]),)](*tensors, *strides, rows, length, heads, D=width, **size)
+        found = found_for(("blend", tuple(like.shape)), *strided)
+        given = (*tensors, *strides, rows, length, heads)
+        start(found, kernel, triton.cdiv(rows, size["R"]), given, {"D": width, **size})
 
 
 def _like(x: torch.Tensor, channels: bool = True) -> torch.Tensor:
@@ -69,12 +72,14 @@ def _like(x: torch.Tensor, channels: bool = True) -> torch.Tensor:
     return empty((batch, length, heads), dtype=torch.float32, device=x.device).transpose(1, 2)
 
 
-@torch.library.custom_op("linearize::blend", mutates_args=())
-def blend_op(near: torch.Tensor, far: torch.Tensor, share: torch.Tensor) -> torch.Tensor:
+def forward(near: torch.Tensor, far: torch.Tensor, share: torch.Tensor) -> torch.Tensor:
     """See `blend.blend`; stride(-1) of near and far is 1."""
     out = _like(near)
     _launch(blend_kernel, [near, far, share, out], [near, far, share], near)
     return out
+
+
+blend_op = torch.library.custom_op("linearize::blend", forward, mutates_args=())
 
 
 @torch.library.custom_op("linearize::blend_backward", mutates_args=())

@@ -13,7 +13,7 @@ from itertools import pairwise
 import torch
 import torch.nn.functional as nnf
 
-from .backend import Call, decay_kind, pick, untrusted
+from .backend import Call, decay_kind, pick, unseen, untrusted
 from .linear import chunk_linear
 
 NORMALISERS = ("none", "own")
@@ -70,14 +70,13 @@ def gated_linear(
     size = Call(features=q.shape[3], values=v.shape[3], decay=decay_kind(log_decay))
     unable = _unable(q, k, v, lag, chunk) or untrusted("gated_linear", size, *given)
     if pick(backend, *given, unable=unable) == "triton":
-        from .gated_triton import gated_linear_op
+        from .gated_triton import forward, gated_linear_op
 
         q, k, v = (_rows(x) for x in (q, k, v))
         g = None if log_decay is None else _rows(log_decay.float())
         first = None if state is None else state.float().contiguous()
-        out, _, last = gated_linear_op(
-            q, k, v, g, first, cu_seqlens, float(scale), norm, chunk if lag else 0, return_state
-        )
+        run = forward if unseen(q, k, v, g, first, cu_seqlens) else gated_linear_op
+        out, _, last = run(q, k, v, g, first, cu_seqlens, float(scale), norm, chunk if lag else 0, return_state)
     elif cu_seqlens is None:
         out, last = _torch(q, k, v, log_decay, float(scale), norm, state, lag, chunk)
     else:

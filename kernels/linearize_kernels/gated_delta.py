@@ -13,7 +13,7 @@ from itertools import pairwise
 import torch
 import torch.nn.functional as nnf
 
-from .backend import Call, decay_kind, pick, untrusted
+from .backend import Call, decay_kind, pick, unseen, untrusted
 from .delta import chunk_delta
 
 CHUNK = 64
@@ -93,7 +93,7 @@ def gated_delta(
 
 
 def _fused(q, k, v, beta, g, normalise, state, return_state, lag, block, lengths, cu_seqlens):  # type: ignore[no-untyped-def]
-    from .gated_delta_ops import gated_delta_op
+    from .gated_delta_ops import forward, gated_delta_op
     from .tuning import capability, gated_delta_chunk
 
     chunk = gated_delta_chunk(capability(q.device), q.shape[3], q.dtype)
@@ -109,7 +109,8 @@ def _fused(q, k, v, beta, g, normalise, state, return_state, lag, block, lengths
     q, k, v = (x if x.stride(-1) == 1 else x.contiguous() for x in (q, k, v))
     first = None if state is None else state.float().contiguous()
     g = None if g is None else g.float()
-    out, last, *_ = gated_delta_op(
+    run = forward if unseen(q, k, v, beta, g, first, cu_seqlens) else gated_delta_op
+    out, last, *_ = run(
         q, k, v, beta.float(), g, first, cu_seqlens, stops, normalise, chunk, block if lag else 0, return_state
     )
     return out, last

@@ -34,8 +34,7 @@ def make_plan(
     )
 
 
-@torch.library.custom_op("linearize::gated_delta", mutates_args=())
-def gated_delta_op(
+def forward(
     q: Tensor, k: Tensor, v: Tensor, beta: Tensor, g: Tensor | None, state: Tensor | None, cu_seqlens: Tensor | None,
     stops: Tensor | None, unit: bool, chunk: int, lag: int, return_state: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
@@ -45,6 +44,9 @@ def gated_delta_op(
     made = prepare(plan, x)
     out, *_, last = scan(plan, x, made, last=return_state)
     return out, last, made.system, made.scores, made.g_cum, made.r_q, made.r_k
+
+
+gated_delta_op = torch.library.custom_op("linearize::gated_delta", forward, mutates_args=())
 
 
 @gated_delta_op.register_fake

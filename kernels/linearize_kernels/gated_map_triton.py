@@ -7,7 +7,7 @@ what rounding took off the output.
 
 import torch
 
-from .gated_map_slices import backward, forward
+from . import gated_map_slices as slices
 from .gated_maps import SIGNS, SOFTMAXES, Mapped
 from .gated_plan import Plan
 from .gated_triton import DECAYS
@@ -41,8 +41,7 @@ def _mapped(q, k, v, g, q_weight, q_bias, k_weight, k_bias) -> Mapped:  # type: 
     return Mapped(q, k, v, g, q_weight, q_bias, k_weight, k_bias)
 
 
-@torch.library.custom_op("linearize::mapped_gated_linear", mutates_args=())
-def mapped_gated_linear_op(
+def forward(
     q: torch.Tensor,
     k: torch.Tensor,
     v: torch.Tensor,
@@ -67,8 +66,11 @@ def mapped_gated_linear_op(
     plan = _plan(q, v, g, q_weight, k_weight, cu_seqlens, kind, scale, norm)
     x = _mapped(q, k, v, g, q_weight, q_bias, k_weight, k_bias)
     want_rest = train and _rounded(q, kind, norm)
-    out, den, last, sums, rest = forward(plan, x, state, want_final=return_state, want_rest=want_rest)
+    out, den, last, sums, rest = slices.forward(plan, x, state, want_final=return_state, want_rest=want_rest)
     return out, den, last, *sums, rest
+
+
+mapped_gated_linear_op = torch.library.custom_op("linearize::mapped_gated_linear", forward, mutates_args=())
 
 
 def _rounded(q: torch.Tensor, kind: str, norm: bool) -> bool:
@@ -125,7 +127,7 @@ def mapped_gated_linear_backward_op(
     plan = _plan(q, v, g, q_weight, k_weight, cu_seqlens, kind, scale, norm)
     x = _mapped(q, k, v, g, q_weight, q_bias, k_weight, k_bias)
     wanted = dict(want_g=want_g, want_state=want_state, want_maps=want_maps)
-    found = backward(plan, x, state, out, den, (q_sums, k_sums), rest, d_out, d_final, **wanted)
+    found = slices.backward(plan, x, state, out, den, (q_sums, k_sums), rest, d_out, d_final, **wanted)
     return found.dq, found.dk, found.dv, found.gates(plan), *found.maps, found.state
 
 

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import torch
 
-from .backend import Call, decay_kind, pick, untrusted
+from .backend import Call, decay_kind, pick, unseen, untrusted
 from .gated import CHUNK, LARGEST, _rows, gated_linear
 
 WIDEST = 128
@@ -99,14 +99,15 @@ def mapped_gated_linear(
             fq, fk, v, log_decay, scale=scale, normaliser=normaliser, state=state, return_state=return_state, lag=lag,
             chunk=chunk, cu_seqlens=cu_seqlens, backend=inner,
         )  # fmt: skip
-    from .gated_map_triton import mapped_gated_linear_op
+    from .gated_map_triton import forward, mapped_gated_linear_op
 
     g = None if log_decay is None else log_decay.float()
     first = None if state is None else state.float().contiguous()
     q, k, v = (_rows(x) for x in (q, k, v))
     trained = (q, k, v, g, q_weight, q_bias, k_weight, k_bias, first)
     train = torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in trained)
-    out, _, last, *_ = mapped_gated_linear_op(
+    run = forward if unseen(*trained, cu_seqlens) else mapped_gated_linear_op
+    out, _, last, *_ = run(
         q, k, v, g, q_weight, q_bias, k_weight, k_bias, first, cu_seqlens, map, float(scale), normaliser == "own",
         return_state, train,
     )  # fmt: skip

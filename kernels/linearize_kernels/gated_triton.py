@@ -61,8 +61,7 @@ def at_hand(plan: Plan, dtype: torch.dtype) -> bool:
     return gated_at_hand(plan.capability, dtype, plan.sequences * plan.state_heads)
 
 
-@torch.library.custom_op("linearize::gated_linear", mutates_args=())
-def gated_linear_op(
+def forward(
     q: torch.Tensor,
     k: torch.Tensor,
     v: torch.Tensor,
@@ -89,6 +88,9 @@ def gated_linear_op(
     states, z_states, final = scan(plan, k, v, g, state, chunk=chunk, reverse=False, want_final=return_state)
     out, den = outputs(plan, q, k, v, g, states, z_states, chunk=chunk)
     return out, den, final
+
+
+gated_linear_op = torch.library.custom_op("linearize::gated_linear", forward, mutates_args=())
 
 
 @gated_linear_op.register_fake

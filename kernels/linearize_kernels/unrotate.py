@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 
-from .backend import pick
+from .backend import pick, unseen
 
 
 def unrotate(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, *, backend: str = "auto") -> torch.Tensor:
@@ -49,11 +49,12 @@ def _turned(
             f"x {tuple(x.shape)}, cos {tuple(cos.shape)} and sin {tuple(sin.shape)} do not belong together"
         )
     if pick(backend, x, cos, sin, own) == "triton":
-        from .unrotate_triton import unrotate_op
+        from .unrotate_triton import forward, unrotate_op
 
         x, cos, sin = (y if y.stride(-1) == 1 else y.contiguous() for y in (x, cos, sin))
         own = own if own is None or own.stride(-1) == 1 else own.contiguous()
-        found: torch.Tensor = unrotate_op(x, cos.detach(), sin.detach(), own, factor)
+        run = forward if unseen(x, cos, sin, own) else unrotate_op
+        found: torch.Tensor = run(x, cos.detach(), sin.detach(), own, factor)
         return found
     wide = torch.promote_types(x.dtype, torch.float32)
     cos, sin = cos.to(wide).unsqueeze(1), sin.to(wide).unsqueeze(1)

@@ -13,6 +13,7 @@ import triton
 import triton.language as tl
 
 from .backend import empty
+from .compiled import found_for, start
 from .tuning import blend_rows
 
 
@@ -81,11 +82,11 @@ def _launch(
     out = empty_like(x, x.dtype)
     if rows:
         size = _size(width, turned)
-        unrotate_kernel[(triton.cdiv(rows, size["R"]),)](
+        found = found_for(("unrotate", tuple(x.shape), turned, factor, back), x, cos, sin, own)
+        start(found, unrotate_kernel, triton.cdiv(rows, size["R"]), (
             x, cos, sin, own, out, *x.stride()[:3], *cos.stride()[:2], *sin.stride()[:2],
-            *(x if own is None else own).stride()[:3], factor, rows, length, heads, BACK=back, OWN=own is not None,
-            **size,
-        )  # fmt: skip
+            *(x if own is None else own).stride()[:3], factor, rows, length, heads,
+        ), {"BACK": back, "OWN": own is not None, **size})  # fmt: skip
     return out
 
 
@@ -98,12 +99,14 @@ def _size(width: int, turned: int) -> dict[str, int]:
     }  # fmt: skip
 
 
-@torch.library.custom_op("linearize::unrotate", mutates_args=())
-def unrotate_op(
+def forward(
     x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, own: torch.Tensor | None, factor: float
 ) -> torch.Tensor:
     """See `unrotate.unrotate` and `unrotate_and_add`; the last strides are 1."""
     return _launch(x, cos, sin, own, factor, back=False)
+
+
+unrotate_op = torch.library.custom_op("linearize::unrotate", forward, mutates_args=())
 
 
 @unrotate_op.register_fake

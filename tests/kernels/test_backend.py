@@ -17,7 +17,7 @@ import torch
 
 import linearize_kernels as kernels
 from linearize_kernels import backend, gated, gated_delta, gated_linear, gated_mapped, mapped_gated_linear
-from linearize_kernels.backend import HAS_TRITON, POISON, VARIABLE, Call, empty, pick, untrusted
+from linearize_kernels.backend import HAS_TRITON, POISON, VARIABLE, Call, empty, pick, unseen, untrusted
 from linearize_kernels.tuning import capability
 
 X = torch.zeros(2)
@@ -226,6 +226,18 @@ def test_fresh_buffers_are_poisoned_on_demand(monkeypatch: pytest.MonkeyPatch) -
     monkeypatch.setenv(POISON, "1")
     assert empty((2, 3), dtype=torch.float16, device=X.device).isnan().all()
     assert empty((2, 3), dtype=torch.int32, device=X.device).shape == (2, 3)
+
+
+def test_an_op_is_seen_by_gradients_compilers_and_subclasses_of_tensors() -> None:
+    plain, leaf = torch.ones(2), torch.ones(2, requires_grad=True)
+    assert unseen(plain, None, 1.0)
+    assert not unseen(plain, leaf)
+    with torch.no_grad():
+        assert unseen(plain, leaf, torch.nn.Parameter(plain))
+        assert not unseen(plain, torch.Tensor._make_subclass(type("Own", (torch.Tensor,), {}), plain))
+        told = []
+        torch.compile(lambda x: (told.append(unseen(x)), x + 1)[1], backend="eager")(plain)
+        assert told == [False]
 
 
 def test_a_cpu_has_no_capability() -> None:
