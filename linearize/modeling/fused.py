@@ -197,6 +197,7 @@ def together(mixer: Mixer, x: Tokens, *, near: bool, keep: bool) -> tuple[Tensor
             maps |= {f"{name}_{part}": getattr(module, part) for part in ("weight", "bias") if hasattr(module, part)}
     else:
         fq, fk = x.features(mixer)
+        fq = fq * mixer.scaling if spec.feature_map in SCALED else fq
         maps = {"map": "precomputed", "fq": x.old_rows(fq), "fk": fk}
     own = spec.normaliser in ("shared", "own")
     found = window_linear(

@@ -49,6 +49,7 @@ OTHERS = {
     "softmax-lagged": MixerSpec(feature_map="softmax", window=16, sinks=3),
     "softmax-beside": MixerSpec(feature_map="softmax", normaliser="own", window=16, mix="mass", coverage="all"),
     "softmax-alone": MixerSpec(feature_map="softmax", normaliser="own", window=0, coverage="all"),
+    "identity-alone": MixerSpec(feature_map="identity", normaliser="none", window=0, mix="sum", coverage="all"),
     "exp-alone": MixerSpec(
         feature_map="hedgehog_exp", feature_dim=16, normaliser="own", window=0, coverage="all", own_qk=True
     ),
