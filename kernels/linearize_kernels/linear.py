@@ -54,14 +54,16 @@ def chunk_linear(
     length = q.shape[3]
     q_c, k_c, v_c = split_chunks(q, 3, chunk), split_chunks(k, 2, chunk), split_chunks(v, 2, chunk)
     g_cum = split_chunks(log_decay, 2, chunk).cumsum(3) if log_decay is not None else None
-    written = k_c if g_cum is None else k_c * _spread((g_cum[:, :, :, -1:] - g_cum).exp(), k_c)
-    states = scan_chunks(torch.einsum("nsbcf,nsbcv->nsbfv", written, v_c), g_cum, state)
+    written, values = k_c, v_c
+    if g_cum is not None:
+        kept = (g_cum[:, :, :, -1:] - g_cum).exp()
+        written, values = _weighted(k_c, v_c, kept)
+    states = scan_chunks(torch.einsum("nsbcf,nsbcv->nsbfv", written, values), g_cum, state)
 
     if lag:
         out = read_lagged(q_c, states, g_cum)
     else:
-        q_read = q_c if g_cum is None else q_c * _spread(g_cum.exp(), k_c).unsqueeze(2)
-        out = torch.einsum("nsrbcf,nsbfv->nsrbcv", q_read, states[:, :, :-1])
+        out = _read(q_c, states[:, :, :-1], None if g_cum is None else g_cum.exp())
         out = out + torch.einsum("nsrbij,nsbjv->nsrbiv", chunk_scores(q_c, k_c, g_cum), v_c)
     return out.flatten(3, 4)[:, :, :, :length], states
 
@@ -115,13 +117,20 @@ def _scan_groups(update: torch.Tensor, log_keep: torch.Tensor, first: torch.Tens
 def read_lagged(q_c: torch.Tensor, states: torch.Tensor, g_cum: torch.Tensor | None) -> torch.Tensor:
     """Each query reads the state before the previous chunk, decayed from there to itself: [N, S, R, B, C, V]."""
     before_previous = torch.cat((states[:, :, :1], states[:, :, :-2]), dim=2)
-    if g_cum is not None:
-        previous = torch.cat((torch.zeros_like(g_cum[:, :, :1, -1:]), g_cum[:, :, :-1, -1:]), dim=2)
-        q_c = q_c * _spread((g_cum + previous).exp(), q_c[:, :, 0]).unsqueeze(2)
-    out = torch.einsum("nsrbcf,nsbfv->nsrbcv", q_c, before_previous)
-    return out
+    if g_cum is None:
+        return _read(q_c, before_previous, None)
+    previous = torch.cat((torch.zeros_like(g_cum[:, :, :1, -1:]), g_cum[:, :, :-1, -1:]), dim=2)
+    return _read(q_c, before_previous, (g_cum + previous).exp())
 
 
-def _spread(weight: torch.Tensor, like: torch.Tensor) -> torch.Tensor:
-    """A scalar weight per token, or one per channel, shaped to multiply [..., C, F]."""
-    return weight.unsqueeze(-1) if weight.ndim == like.ndim - 1 else weight
+def _read(q_c: torch.Tensor, states: torch.Tensor, kept: torch.Tensor | None) -> torch.Tensor:
+    """q S [N, S, R, B, C, V] of chunks' states [N, S, B, F, V], of which tokens see what is `kept`, [..., C (, F)]."""
+    if kept is not None and kept.ndim == 5:
+        q_c = q_c * kept.unsqueeze(2)
+    out = torch.einsum("nsrbcf,nsbfv->nsrbcv", q_c, states)
+    return out if kept is None or kept.ndim == 5 else out * kept[:, :, None, ..., None]
+
+
+def _weighted(k_c: torch.Tensor, v_c: torch.Tensor, kept: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Keys and values of which one is weighted: by channel the keys, else the values, of which there are fewer."""
+    return (k_c * kept, v_c) if kept.ndim == 5 else (k_c, v_c * kept.unsqueeze(-1))

@@ -33,7 +33,8 @@ def _two_sided_exp(y: torch.Tensor) -> torch.Tensor:
 
 def _one_sided_softmax(y: torch.Tensor) -> torch.Tensor:
     """softmax(y): how much of a token each of F learned codes takes, a soft assignment that sums to one."""
-    return y.softmax(-1).clamp_min(FLOOR)
+    shares = y.softmax(-1)
+    return shares.clamp_min(FLOOR) if shares.requires_grad else shares.clamp_min_(FLOOR)
 
 
 def _taylor(y: torch.Tensor) -> torch.Tensor:
@@ -152,8 +153,12 @@ class FeatureMap(nn.Module):
         return values
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        if self.name in LEARNED_MAPS:
-            x = torch.einsum("nhld,hdf->nhlf", x, self.weight.to(x.dtype))
-            if self.name in BIASED:
-                x = x + self.bias.to(x.dtype)[:, None]
-        return self.activation(x)
+        if self.name not in LEARNED_MAPS:
+            return self.activation(x)
+        rows = x.transpose(0, 1).flatten(1, 2)  # [H, N L, D]: one product a head
+        weight = self.weight.to(x.dtype)
+        if self.name in BIASED:
+            made = torch.baddbmm(self.bias.to(x.dtype)[:, None], rows, weight)
+        else:
+            made = torch.bmm(rows, weight)
+        return self.activation(made).unflatten(1, (x.shape[0], -1)).transpose(0, 1)

@@ -25,6 +25,7 @@ from .mixer_spec import MixerSpec
 from .mixer_state import MixerState
 from .rotary import rotate, unrotate
 from .softcap import chunk_window, window_weights
+from .stretches import CHUNK, in_stretches
 
 try:
     from linearize_kernels import block_window_mask, chunk_delta, chunk_linear, linear_weights
@@ -35,10 +36,6 @@ except ImportError:  # an exported model without linearize: the same files lie b
     from .window import block_window_mask  # type: ignore[import-not-found,no-redef]
 
 BRANCHES = ("full", "window", "linear", "none")
-CHUNK = 64
-"""Tokens a chunk where no window sets it."""
-STRETCH = 2048
-"""Tokens of a prefill that are read at once."""
 TINY = 1e-30
 NORM_EPS = 1e-6
 
@@ -194,21 +191,10 @@ class Mixer(nn.Module):
             inputs = layout.gather(inputs, 1)
             rotation = None if rotation is None else tuple(layout.gather(x, 1) for x in rotation)
             valid = layout.valid
-        if state is None:
-            out = self._stretch(q, k, v, inputs, rotation, None, None)
-        else:
-            # A long prefill in stretches: what is kept for each chunk of a stretch then fits into a cache.
-            pieces = []
-            for a in range(0, q.shape[2], STRETCH):
-                cut = slice(a, a + STRETCH)
-                turned = None if rotation is None else tuple(x[:, cut] for x in rotation)
-                real = None if valid is None else valid[:, cut]
-                heads = q[:, :, cut], k[:, :, cut], v[:, :, cut]
-                pieces.append(self._stretch(*heads, inputs[:, cut], turned, real, state))
-            out = pieces[0] if len(pieces) == 1 else torch.cat(pieces, dim=2)
+        out = in_stretches(self, q, k, v, inputs, rotation, valid, state)
         return out if layout is None else layout.scatter(out, 2)
 
-    def _stretch(self, q, k, v, inputs, rotation, valid, state):  # type: ignore[no-untyped-def]
+    def stretch(self, q, k, v, inputs, rotation, valid, state):  # type: ignore[no-untyped-def]
         """Aligned tokens by the execution that is asked for: out [N, H, L, D]."""
         q, k, v, inputs = _precise(q, k, v, inputs)
         q_lin, k_lin = self.linear_qk(q, k, inputs, rotation)

@@ -225,9 +225,28 @@ def test_a_long_prefill_is_read_in_stretches(name: str, monkeypatch: pytest.Monk
     mask[1, :137] = 0
     whole, parts = LinearStateLayer(), LinearStateLayer()
     want = run(mixer, x, layout=padded_layout(mask), cache=whole)
-    monkeypatch.setattr("linearize.modeling.mixer.STRETCH", 48)
+    monkeypatch.setattr("linearize.modeling.stretches.MOST", 48)
     assert relative(run(mixer, x, layout=padded_layout(mask), cache=parts), want) < 1e-5
     assert_same_state(parts, whole)
+
+
+@pytest.mark.parametrize("name", SPECS)
+def test_without_gradients_wide_features_are_made_in_stretches(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """And give what the whole gives, also for packed documents; what is recorded is of the whole."""
+    mixer, x = build(SPECS[name]), tokens(300, batch=1)
+    layouts = (None, packed_layout(torch.cat([torch.arange(n) for n in (150, 1, 149)])[None], 1))
+    want = [run(mixer, x, layout=layout).detach() for layout in layouts]
+    monkeypatch.setattr("linearize.modeling.stretches.CPU_BYTES", 0)
+    cuts: list[int] = []
+    stretch = Mixer.stretch
+    monkeypatch.setattr(Mixer, "stretch", lambda self, q, *rest: cuts.append(q.shape[2]) or stretch(self, q, *rest))
+    with torch.no_grad():
+        for layout, whole in zip(layouts, want, strict=True):
+            assert relative(run(mixer, x, layout=layout), whole) < 1e-5
+        assert (max(cuts) < 300) == (mixer.features > 0)
+        mixer.record = True
+        run(mixer, x)
+        assert mixer.last_output is not None and cuts[-1] == mixer.last_output.shape[1] == 300
 
 
 def test_every_pair_counts_once() -> None:
