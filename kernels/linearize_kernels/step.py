@@ -9,16 +9,20 @@ import torch
 
 
 def step_linear(
-    state: torch.Tensor, k: torch.Tensor, v: torch.Tensor, *, log_decay: torch.Tensor | None
+    state: torch.Tensor, k: torch.Tensor, v: torch.Tensor, *, log_decay: torch.Tensor | None, in_place: bool = False
 ) -> torch.Tensor:
     """S <- exp(g) S + k v^T.
 
     Args:
-        state: [B, S, F, V] float32.
+        state: [B, S, F, V] float32; changed `in_place` on demand, where no gradients are wanted.
         k: [B, S, F]; v: [B, S, V].
         log_decay: g, [B, S] or [B, S, F]; None: no decay.
     """
-    return _decayed(state, log_decay) + k.unsqueeze(-1) * v.unsqueeze(-2)
+    if not in_place:
+        return _decayed(state, log_decay) + k.unsqueeze(-1) * v.unsqueeze(-2)
+    if log_decay is not None:
+        state.mul_(_spread(log_decay.exp()))
+    return state.addcmul_(k.unsqueeze(-1), v.unsqueeze(-2))
 
 
 def step_delta(
@@ -49,7 +53,9 @@ def step_window(
 
 
 def _decayed(state: torch.Tensor, log_decay: torch.Tensor | None) -> torch.Tensor:
-    if log_decay is None:
-        return state
-    keep = log_decay.exp()
-    return state * (keep[..., None, None] if keep.ndim == 2 else keep[..., None])
+    return state if log_decay is None else state * _spread(log_decay.exp())
+
+
+def _spread(keep: torch.Tensor) -> torch.Tensor:
+    """[B, S] or [B, S, F], shaped to multiply a state."""
+    return keep[..., None, None] if keep.ndim == 2 else keep[..., None]

@@ -71,7 +71,7 @@ class MixerState:
         """Write a tensor in place; where gradients flow through it, put it in the old one's place instead."""
         if torch.is_grad_enabled() and value.requires_grad:
             self.tensors[name] = value
-        else:
+        elif self.tensors[name].data_ptr() != value.data_ptr():
             self.tensors[name].copy_(value)
 
     def _joined(self) -> torch.Tensor:
@@ -244,13 +244,14 @@ class MixerState:
                 fq = fq * past.repeat_interleave(mixer.num_heads // mixer.state_heads, dim=1)
         elif spec.write != "none":
             values = v.repeat_interleave(mixer.state_heads // mixer.num_kv_heads, dim=1)
+            options = {"log_decay": g, "in_place": not torch.is_grad_enabled()}
             if beta is None:
-                self._put("state", step_linear(tensors["state"], fk, values, log_decay=g))
+                self._put("state", step_linear(tensors["state"], fk, values, **options))
             else:
                 self._put("state", step_delta(tensors["state"], fk, values, beta, log_decay=g))
             if "z" in tensors:
                 one = values.new_ones(*values.shape[:2], 1)
-                self._put("z", step_linear(tensors["z"].unsqueeze(-1), fk, one, log_decay=g).squeeze(-1))
+                self._put("z", step_linear(tensors["z"].unsqueeze(-1), fk, one, **options).squeeze(-1))
         if spec.write != "none":
             fq = fq.unflatten(1, (mixer.state_heads, -1))
             linear = torch.einsum("bsrf,bsfv->bsrv", fq, tensors["state"])
