@@ -57,7 +57,7 @@ def _maps(found: Mapping[str, Any]) -> str:
         '<button type="button" data-move="head" data-by="1" aria-label="Next head">&#8594;</button></span></div>'
         f'<div class="maps">{panels}</div>'
         '<p class="readout" aria-live="polite">Point at a map, or focus one and use the arrow keys.</p>'
-        '<div class="strip" aria-label="The text that was read" tabindex="0"></div>'
+        '<div class="strip" role="region" aria-label="The text that was read" tabindex="0"></div>'
         f'<p class="note">{found["tokens"]} tokens of {escape(found["source"])}. The stronger the colour, the more '
         f"weight (by its root).{escape(window)}{escape(some)} Entropy in nats, mean over rows; monotone: Spearman's "
         "correlation of weight and q.k, mean over rows, 1 for every softmax.</p>"
@@ -101,7 +101,7 @@ def _scatter(found: Mapping[str, Any]) -> str:
         f'<figure class="chart scatter"><figcaption><b>Entropy of every head</b>{legend}</figcaption>'
         + ticked_frame(drawing, scale, scale, Axis(label="teacher, nats"), Axis(label="student, nats"))
         + '<p class="note">On the dashed line a head is as spiky as the teacher\'s; above it, more blurred. '
-        "A click shows the head's maps.</p></figure>"
+        "A click on a dot, or near one, shows the head's maps.</p></figure>"
     )
 
 

@@ -19,6 +19,8 @@ POINTER = '<div class="cursor" hidden></div><div class="tip" hidden></div>'
 """What the script puts the figures under the pointer into."""
 TABLE_ROWS = 9
 """Most rows of a chart's table of figures."""
+MOST_COLUMNS = 7
+"""Most columns that stand side by side, on a wide screen; with more of them each row is a card everywhere."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -47,6 +49,8 @@ class Axis:
     """Of the ticks: 2 for bytes and tokens, whose round numbers are powers of two."""
     ticks: Sequence[float] | None = None
     """The values that are named, if not what suits the range."""
+    counts: bool = False
+    """Its values are whole numbers, such as steps: no tick lies between two of them."""
 
 
 def short(value: float) -> str:
@@ -167,17 +171,10 @@ def bar_table(
 
 
 def table(rows: Sequence[Mapping[str, str]], *, title: str) -> str:
-    """Plain rows of words, one column a key."""
+    """Plain rows of words, one column a key; the first names its row."""
     names = list(dict.fromkeys(name for row in rows for name in row))
-    head = "".join(f'<th scope="col">{escape(name)}</th>' for name in names)
-    body = "".join(
-        "<tr>" + "".join(f"<td>{escape(row.get(name, ''))}</td>" for name in names) + "</tr>" for row in rows
-    )
-    return (
-        f'<figure class="listing"><figcaption><b>{escape(title)}</b></figcaption><div class="scroll" tabindex="0" '
-        f'role="region" aria-label="{escape(title)}"><table><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table>'
-        f"</div></figure>"
-    )
+    made = _columns([[(name, row.get(name, "")) for name in names] for row in rows], title)
+    return f'<figure class="listing"><figcaption><b>{escape(title)}</b></figcaption>{made}</figure>'
 
 
 def pairs(values: Mapping[str, str]) -> str:
@@ -203,7 +200,8 @@ class Scale:
             low, high = (low / 2, low * 2) if axis.log else (low - 0.5, low + 0.5)
         self.low, self.high = low, high
         made = axis.ticks or (_log_ticks(low, high, axis.base) if axis.log else _ticks(low, high, base=axis.base))
-        self.ticks = [tick for tick in made if low * (1 - 1e-9) <= tick <= high * (1 + 1e-9)]
+        inside = [tick for tick in made if low * (1 - 1e-9) <= tick <= high * (1 + 1e-9)]
+        self.ticks = [tick for tick in inside if not axis.counts or tick == round(tick)]
 
     def place(self, value: float) -> float:
         if self.log:
@@ -278,17 +276,27 @@ def _as_table(series: Sequence[Series], x: Axis, y: Axis) -> str:
     if len(places) > TABLE_ROWS:
         places = [places[round(i * (len(places) - 1) / (TABLE_ROWS - 1))] for i in range(TABLE_ROWS)]
     found = [dict(one.points) for one in series]
-    head = "".join(f'<th scope="col">{escape(one.name)}</th>' for one in series)
-    rows = "".join(
-        f'<tr><th scope="row">{escape(x.write(place))}</th>'
-        + "".join(f"<td>{escape(y.write(at[place])) if place in at else ''}</td>" for at in found)
-        + "</tr>"
+    rows = [
+        [(x.label, x.write(place))]
+        + [(one.name, y.write(at[place]) if place in at else "") for one, at in zip(series, found, strict=True)]
         for place in places
-    )
+    ]
+    return f"<details><summary>Figures</summary>{_columns(rows, 'Figures')}</details>"
+
+
+def _columns(rows: Sequence[Sequence[tuple[str, str]]], title: str) -> str:
+    """Rows of (column, word), every row alike. Where there is no room for the columns, the page makes a card of each
+    row, in which a word stands under its column's name; the roles keep it a table for who hears it."""
+    head = "".join(f'<th scope="col" role="columnheader">{escape(name)}</th>' for name, _ in rows[0])
+    body = ""
+    for (first, named), *rest in rows:
+        cells = "".join(f'<td role="cell" data-name="{escape(name)}">{escape(word)}</td>' for name, word in rest)
+        row = f'<th scope="row" role="rowheader" data-name="{escape(first)}">{escape(named)}</th>'
+        body += f'<tr role="row">{row}{cells}</tr>'
+    many = " many" if len(rows[0]) > MOST_COLUMNS else ""
     return (
-        f'<details><summary>Figures</summary><div class="scroll" tabindex="0" role="region" aria-label="Figures">'
-        f'<table><thead><tr><th scope="col">{escape(x.label)}</th>{head}</tr></thead><tbody>{rows}</tbody></table>'
-        f"</div></details>"
+        f'<div class="scroll{many}" tabindex="0" role="region" aria-label="{escape(title)}"><table role="table">'
+        f'<thead role="rowgroup"><tr role="row">{head}</tr></thead><tbody role="rowgroup">{body}</tbody></table></div>'
     )
 
 

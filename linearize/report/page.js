@@ -43,8 +43,8 @@
       if (lines.length > 9) tip.append(`and ${lines.length - 9} more`);
       cursor.hidden = tip.hidden = false;
       cursor.style.left = `${100 * left}%`;
-      tip.style.left = left < 0.5 ? `calc(${100 * left}% + 10px)` : "auto";
-      tip.style.right = left < 0.5 ? "auto" : `calc(${100 - 100 * left}% + 10px)`;
+      const wide = tip.offsetWidth, here = left * box.width; // beside the line, and never beyond the drawing
+      tip.style.left = `${Math.max(0, Math.min(box.width - wide, left < 0.5 ? here + 10 : here - 10 - wide))}px`;
     };
     plot.addEventListener("pointermove", show);
     plot.addEventListener("pointerdown", show);
@@ -214,14 +214,20 @@
         choose();
       });
     }
-    for (const dot of $$(".scatter .dot")) {
-      dot.addEventListener("click", () => {
-        const chosen = data.rows[dot.dataset.row];
-        layer.value = String(chosen.layer);
-        head.value = String(chosen.head);
-        choose();
-      });
-    }
+    const scatter = $(".scatter .plot");
+    scatter?.addEventListener("click", (event) => {
+      const away = (dot) => { // a dot is smaller than a finger: the nearest one is meant
+        const box = dot.getBoundingClientRect();
+        return Math.hypot((box.left + box.right) / 2 - event.clientX, (box.top + box.bottom) / 2 - event.clientY);
+      };
+      const near = $$(".dot", scatter).reduce((a, b) => (away(b) < away(a) ? b : a));
+      const dot = event.target.closest(".dot") || (away(near) < 24 ? near : null);
+      if (!dot) return;
+      const chosen = data.rows[dot.dataset.row];
+      layer.value = String(chosen.layer);
+      head.value = String(chosen.head);
+      choose();
+    });
     new ResizeObserver(() => panels.forEach(draw)).observe($(".maps"));
     redraws.push(() => { panels.forEach(draw); tint(); });
     choose();

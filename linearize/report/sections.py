@@ -166,7 +166,7 @@ def training(manifest: Mapping[str, Any], history: Mapping[str, Mapping[str, Poi
     """Losses and match over time, and each layer's match at the end."""
     parts: list[str] = []
     align, finetune = history.get("align", {}), history.get("finetune", {})
-    step = Axis(label="step", write=lambda v: f"{v:,.0f}")
+    step = Axis(label="step", write=lambda v: f"{v:,.0f}", counts=True)
     for name, series in (("alignment", align), ("finetuning", finetune)):
         if "loss" not in series:
             continue

@@ -86,6 +86,75 @@ def test_it_renders_everywhere(browser: Any, full: dict[str, Any], width: int, t
     visit.close()
 
 
+BEYOND = """() => { const room = document.documentElement.clientWidth;
+return [...document.querySelectorAll('body *')].filter(e => {
+  const box = e.getBoundingClientRect();
+  return box.width && (box.right > room + 0.5 || box.left < -0.5
+    || (e.scrollWidth > e.clientWidth + 1 && ['auto', 'scroll'].includes(getComputedStyle(e).overflowX)));
+}).map(e => `${e.tagName} ${e.id || e.className} ${e.textContent.slice(0, 40)}`); }"""
+"""What reaches beyond the page's sides, or would have to be scrolled sideways inside it."""
+
+
+@pytest.mark.parametrize("width", [320, 390])
+def test_nothing_of_it_scrolls_sideways_on_a_phone(browser: Any, full: dict[str, Any], width: int) -> None:
+    visit = Visit(browser, full["file"], viewport={"width": width, "height": 844}, is_mobile=True, has_touch=True)
+    page = visit.page
+    page.evaluate("document.querySelectorAll('details').forEach(one => { one.open = true; })")
+    assert page.evaluate(BEYOND) == []
+    assert page.locator("nav a:visible").count() == 6 and page.locator(".scroll:visible").count() > 4
+    names = page.evaluate(
+        "[...document.querySelectorAll('#environment .scroll tbody tr:first-child :is(th, td)')].map("
+        "one => getComputedStyle(one, '::before').content)"
+    )
+    assert names == [f'"{name}"' for name in ("stage", "tokens", "steps", "first loss", "last loss", "time")]
+    for target in page.locator(":is(a, button, select, summary):visible:not(.skip)").all():
+        box = target.bounding_box()
+        assert box["height"] >= 40 and box["width"] >= 40, (target.inner_text(), box)
+    for plot in page.locator(".chart:has(.tip) .plot").all():
+        plot.scroll_into_view_if_needed()
+        box = plot.bounding_box()
+        for share in (0.02, 0.45, 0.55, 0.98):  # the words beside the finger stay on the page, too
+            page.mouse.move(box["x"] + share * box["width"], box["y"] + 40)
+            assert page.evaluate(BEYOND) == [] and page.evaluate("innerWidth") == width
+    visit.close()
+
+
+@pytest.mark.parametrize("width", [320, 1280])
+def test_tables_of_many_columns_become_cards(browser: Any, tmp_path: Path, width: int) -> None:
+    from linearize.report.charts import Axis, Series, line_chart
+    from linearize.report.page import page as written
+    from linearize.report.parts import grid, section
+
+    lines = [Series(name=f"a rather long name, layer {i}", points=[(1, 1.5), (2, 123456.7)]) for i in range(12)]
+    charts = [line_chart(lines[:n], title=f"{n} lines", x=Axis(label="step"), y=Axis(label="loss")) for n in (12, 6, 2)]
+    body = section("training", "Training", "", grid(*charts))
+    file = tmp_path / "many.html"
+    file.write_text(written(name="n", lede="l", cards="", sections=[("training", "Training", body)], footer="f"))
+    page = browser.new_page(viewport={"width": width, "height": 844})
+    page.goto(file.as_uri())
+    page.evaluate("document.querySelectorAll('details').forEach(one => { one.open = true; })")
+    assert page.evaluate(BEYOND) == []
+    cards = page.evaluate("[...document.querySelectorAll('tbody tr')].map(row => getComputedStyle(row).display)")
+    assert cards == ["grid"] * (2 if width == 1280 else 6) + ["table-row"] * (4 if width == 1280 else 0)
+    page.close()
+
+
+def test_a_finger_near_a_dot_chooses_it(browser: Any, full: dict[str, Any]) -> None:
+    visit = Visit(browser, full["file"], viewport={"width": 390, "height": 844}, is_mobile=True, has_touch=True)
+    page = visit.page
+    page.locator(".scatter .plot").scroll_into_view_if_needed()
+    dots = page.evaluate(
+        "[...document.querySelectorAll('.scatter .dot')].map(d => { const b = d.getBoundingClientRect();"
+        " return [d.dataset.row, (b.left + b.right) / 2, (b.top + b.bottom) / 2]; })"
+    )
+    row, x, y = min(dots, key=lambda dot: dot[2])  # the highest: nothing lies above it
+    chosen = full["attention"][int(row)]
+    page.select_option("#layer", str(next(i for i in (0, 2) if i != chosen["layer"])))
+    page.touchscreen.tap(x, y - 15)
+    assert (page.input_value("#layer"), page.input_value("#head")) == (str(chosen["layer"]), str(chosen["head"]))
+    visit.close()
+
+
 def test_layer_and_head_redraw_the_maps(browser: Any, full: dict[str, Any]) -> None:
     visit = Visit(browser, full["file"], viewport={"width": 1280, "height": 900})
     page = visit.page

@@ -12,6 +12,7 @@ from typing import Any
 
 import pytest
 
+from linearize.report import page as page_module
 from linearize.report.attention import packed
 from linearize.report.bench import Curve
 from linearize.report.charts import Axis, Bar, Scale, Series, as_json, bar_table, in_bytes, line_chart, short
@@ -257,6 +258,32 @@ def test_ticks_are_round_numbers_in_range() -> None:
     assert scale(two, 128, 2048) == ["128", "256", "512", "1024", "2048"]
 
 
+@pytest.mark.parametrize("theme", [0, 1], ids=["light", "dark"])
+def test_colours_can_be_told_from_their_ground(theme: int) -> None:
+    """Words by 4.5 to 1, what is drawn by 3 to 1 (WCAG 2.2, 1.4.3 and 1.4.11)."""
+    style = (Path(page_module.__file__).parent / "style.css").read_text()
+    colours = {m[1]: m[2 + theme] for m in re.finditer(r"--([\w-]+): light-dark\(#(\w{6}), #(\w{6})\)", style)}
+
+    def light(name: str) -> float:
+        parts = [int(colours[name][i : i + 2], 16) / 255 for i in (0, 2, 4)]
+        red, green, blue = (c / 12.92 if c <= 0.04045 else ((c + 0.055) / 1.055) ** 2.4 for c in parts)
+        return 0.2126 * red + 0.7152 * green + 0.0722 * blue
+
+    least = dict.fromkeys(("ink", "soft", "accent", "negative"), 4.5) | {"pale": 3.0, "deep": 3.0}
+    for name, ratio in least.items():
+        for ground in ("page", "surface", "sunk"):
+            low, high = sorted((light(name), light(ground)))
+            assert (high + 0.05) / (low + 0.05) >= ratio, (name, ground)
+    assert "opacity" not in style.partition(".strip .later")[2].partition("}")[0]  # which would undo it
+
+
+def test_no_tick_lies_between_two_steps() -> None:
+    plain, steps = (Axis(label="step", write=lambda v: f"{v:,.0f}", counts=counts) for counts in (False, True))
+    assert len(Scale(plain, 1, 2, padded=False).ticks) > 2  # which would be written 1, 1, 1, 2, 2
+    assert Scale(steps, 1, 2, padded=False).ticks == [1, 2] and Scale(steps, 1, 4, padded=False).ticks == [1, 2, 3, 4]
+    assert Scale(steps, 0, 500, padded=False).ticks == [0, 100, 200, 300, 400, 500]
+
+
 @pytest.mark.parametrize("high", [1.7e4, 1.9e7, 2.5e7, 3e9])
 def test_bytes_have_ticks_that_are_round_in_binary(high: float) -> None:
     """4 MiB, 8 MiB, not 4.77 MiB, 9.54 MiB."""
@@ -281,7 +308,7 @@ def test_ticks_of_one_axis_are_written_alike() -> None:
 )
 def test_times_are_read_at_a_glance(seconds: float, shown: str) -> None:
     stages = {"align": {**MANIFEST["figures"]["stages"]["align"], "seconds": seconds}}
-    assert f"<td>{shown}</td>" in made({**MANIFEST, "figures": {"stages": stages}})
+    assert f'data-name="time">{shown}</td>' in made({**MANIFEST, "figures": {"stages": stages}})
 
 
 def test_bars_on_a_logarithmic_scale_keep_their_order() -> None:
