@@ -17,10 +17,17 @@ from __future__ import annotations
 import importlib
 import sys
 from types import ModuleType
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from linearize._version import __version__
 from linearize.registration import register_when_needed
+
+if TYPE_CHECKING:  # what `__getattr__` finds, for type checkers and editors; importing it would import torch
+    from linearize.api import audit, convert, evaluate, import_lolcats, load, recall, report, select
+    from linearize.artifacts.hub import push
+    from linearize.artifacts.verify import verify
+    from linearize.evaluate.speed import bench
+    from linearize.evaluate.tasks import evaluate_tasks
 
 __all__ = [
     "__version__",

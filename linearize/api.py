@@ -35,7 +35,7 @@ def convert(
     out: PathLike,
     *,
     recipe: PathLike | Recipe = "pure",
-    data: str,
+    data: PathLike,
     overrides: Sequence[str] | Mapping[str, Any] = (),
     resume: bool = False,
     progress: Progress | None = None,
@@ -59,6 +59,9 @@ def convert(
         teacher_bits: 8 or 4: hold the frozen weights, the teacher's and the student's, in so many bits while it trains
             (docs/memory.md); what is trained and all of the export is in full precision. None: as they are.
 
+    Returns:
+        What `linearize convert --json` prints (docs/json.md): out, layers, stages, state_bytes, verification and more.
+
     Raises:
         UsageError: bad input. RefusedError: refused before any work. VerificationError: the result does not hold.
     """
@@ -67,6 +70,7 @@ def convert(
     from linearize.teacher_bits import require_teacher_bits
     from linearize.tracking import require_tracker
 
+    data = os.fspath(data)
     require_tracker(report_to)
     require_teacher_bits(teacher_bits, stream=stream)
     refuse_early(model, out, data, resume=resume)  # torch and transformers take seconds to import
@@ -143,7 +147,7 @@ def import_lolcats(
 def evaluate(
     model: Subject,
     *,
-    data: str,
+    data: PathLike,
     protocol: str | None = None,
     context: int | None = None,
     against: Subject | None = None,
@@ -167,6 +171,10 @@ def evaluate(
         max_windows: read only this many windows; None: all.
         teacher_bits: 8 or 4: hold `against` in so many bits (docs/memory.md); None: as it is.
 
+    Returns:
+        perplexities, bits_per_byte, protocol, against (the same of the teacher) and more; see
+        `linearize.evaluate.perplexity.evaluate`.
+
     Raises:
         UsageError: bad input. RefusedError: too little text, or a damaged checkpoint.
     """
@@ -180,24 +188,15 @@ def evaluate(
         from linearize.evaluate.masked import evaluate_masked as run
     else:
         from linearize.evaluate.perplexity import evaluate as run
-    return run(
-        model,
-        data=data,
-        protocol=protocol,
-        context=context,
-        against=against,
-        device=device,
-        dtype=dtype,
-        max_windows=max_windows,
-        teacher_bits=teacher_bits,
-    )
+    return run(model, data=os.fspath(data), protocol=protocol, context=context, against=against, device=device,
+               dtype=dtype, max_windows=max_windows, teacher_bits=teacher_bits)  # fmt: skip
 
 
 def audit(
     out: Subject,
     *,
     against: Subject,
-    data: str,
+    data: PathLike,
     context: int | None = None,
     device: str = "auto",
     dtype: str = "auto",
@@ -218,6 +217,10 @@ def audit(
         save: write the figures into the manifest and the model card of `out`, a folder.
         teacher_bits: 8 or 4: hold `against` in so many bits (docs/memory.md); None: as it is.
 
+    Returns:
+        R (percent), ppl_student, ppl_teacher, ppl_window, branches, by_position and more; see
+        `linearize.evaluate.recovery.audit`.
+
     Raises:
         UsageError: bad input, such as a model that is not a converted one. RefusedError: too little text, or figures
             against a model that is not its teacher are to be saved.
@@ -233,8 +236,8 @@ def audit(
         folder = require_savable(out, against)
     from linearize.evaluate.recovery import audit as run
 
-    report = run(out, against=against, data=data, context=context, device=device, dtype=dtype, max_windows=max_windows,
-                 teacher_bits=teacher_bits)  # fmt: skip
+    report = run(out, against=against, data=os.fspath(data), context=context, device=device, dtype=dtype,
+                 max_windows=max_windows, teacher_bits=teacher_bits)  # fmt: skip
     if save:
         assert not isinstance(against, tuple)  # it was refused
         save_audit(folder, report, against=os.fspath(against))
@@ -245,7 +248,7 @@ def recall(
     out: Subject,
     *,
     against: Subject,
-    data: str,
+    data: PathLike,
     context: int | None = None,
     device: str = "auto",
     dtype: str = "auto",
@@ -279,24 +282,14 @@ def recall(
     require_comparison_bits(teacher_bits, against)
     from linearize.evaluate.recall import recall as run
 
-    return run(
-        out,
-        against=against,
-        data=data,
-        context=context,
-        device=device,
-        dtype=dtype,
-        queries=queries,
-        distances=distances,
-        seed=seed,
-        teacher_bits=teacher_bits,
-    )
+    return run(out, against=against, data=os.fspath(data), context=context, device=device, dtype=dtype,
+               queries=queries, distances=distances, seed=seed, teacher_bits=teacher_bits)  # fmt: skip
 
 
 def select(
     model: PathLike,
     *,
-    data: str,
+    data: PathLike,
     keep: int,
     recipe: PathLike | Recipe = "pure",
     overrides: Sequence[str] | Mapping[str, Any] = (),
@@ -310,6 +303,7 @@ def select(
     Args:
         model: a folder, a Hub id, or `demo`.
         data: a text file or folder, a Hub data set id, or `demo`.
+        keep: layers that stay softmax.
         recipe: a name, a YAML file, or a `Recipe`: its window, mixer, context, alignment, seed and device count.
         overrides: `["context=512"]` or `{"context": 512}`.
         method: `aligned` | `window` (nothing is trained); None: aligned, unless the recipe has nothing to align.
@@ -329,6 +323,7 @@ def select(
     from linearize.convert.families import require_family
     from linearize.data import require_place
 
+    data = os.fspath(data)
     require_place(data)  # before torch and transformers, which take seconds to import
     folder = resolve(os.fspath(model))
     require_family(folder)
@@ -352,7 +347,7 @@ def report(
     *,
     out: PathLike | None = None,
     against: PathLike | None = None,
-    data: str | None = None,
+    data: PathLike | None = None,
     bench: PathLike | None = None,
     layer: int | None = None,
     head: int | None = None,
@@ -387,7 +382,7 @@ def report(
         os.fspath(run),
         out=out,
         against=None if against is None else os.fspath(against),
-        data=data,
+        data=None if data is None else os.fspath(data),
         bench=None if bench is None else os.fspath(bench),
         layer=layer,
         head=head,

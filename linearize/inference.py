@@ -28,6 +28,9 @@ def load(
         device: auto | cpu | cuda | cuda:N.
         dtype: auto (as stored) | float32 | bfloat16 | float16.
 
+    Returns:
+        The model, one of transformers' with `generate`, and the tokenizer that lies beside it.
+
     Raises:
         UsageError: no such model, or a family that is not supported. RefusedError: the checkpoint is damaged.
     """

@@ -90,6 +90,11 @@ def load_recipe(
     """
     if isinstance(name_or_path, Recipe):
         source, values = name_or_path.name, name_or_path.as_dict()
+    elif not isinstance(name_or_path, (str, os.PathLike)):
+        raise UsageError(
+            f"recipe {show(name_or_path)}: neither a name nor a file nor a Recipe",
+            "Give a recipe's name; linearize.recipe.recipe_from_dict makes a Recipe of a dict.",
+        )
     else:
         source = os.fspath(name_or_path)
         values = _read_file(recipe_file(name_or_path))

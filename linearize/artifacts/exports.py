@@ -51,7 +51,7 @@ def require_export(folder: Path, name: str) -> None:
     kind = read_json(folder / _CONFIG, cap=_CONFIG_CAP).get("model_type")
     if isinstance(kind, str) and kind.startswith(PREFIX):
         raise UsageError(
-            f"{name} has no {MANIFEST}: it is a converted model that was copied or downloaded without it",
+            f"{name} has no {MANIFEST}: it is a converted model that was copied, downloaded or saved again without it",
             f"Copy {MANIFEST} from where the model was made, or convert again.",
         )
     raise UsageError(

@@ -42,7 +42,7 @@ _OTHERS = ("alias", "name", "sample_len", "sample_count")
 def evaluate_tasks(
     model: Any,
     *,
-    tasks: Sequence[str],
+    tasks: Sequence[str] | str,
     against: Any = None,
     limit: int | None = None,
     fewshot: int | None = None,
@@ -58,7 +58,7 @@ def evaluate_tasks(
 
     Args:
         model: a folder, a Hub id, `demo`, or a pair (model, tokenizer) that is used as it is, on its device.
-        tasks: names of tasks or groups, as in `lm-eval ls tasks`.
+        tasks: names of tasks or groups, as in `lm-eval ls tasks`; or one string of them, with commas.
         against: the teacher, asked the same questions.
         limit: only the first so many questions of a task; None: all.
         fewshot: solved examples before a question; None: what the task says.
@@ -158,9 +158,10 @@ def installed_versions(packages: Sequence[str]) -> dict[str, str]:
 
 
 def _checked(
-    tasks: Sequence[str], *, limit: int | None, fewshot: int | None, batch_size: int, context: int | None
+    tasks: Sequence[str] | str, *, limit: int | None, fewshot: int | None, batch_size: int, context: int | None
 ) -> tuple[str, ...]:
-    names = tuple(dict.fromkeys(name.strip() for name in tasks if name.strip()))
+    given = tasks.split(",") if isinstance(tasks, str) else tasks
+    names = tuple(dict.fromkeys(name.strip() for name in given if name.strip()))
     if not names:
         raise UsageError("no task is named", "Give names such as piqa,arc_easy; `lm-eval ls tasks` lists them")
     for what, value, least in (("limit", limit, 1), ("fewshot", fewshot, 0), ("batch_size", batch_size, 1),

@@ -6,6 +6,9 @@ A converted Llama has model_type `linearized_llama`; `layer_mixers` says `linear
 
 from __future__ import annotations
 
+import os
+import shutil
+import sys
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from functools import cache
@@ -65,6 +68,17 @@ class LinearizedFields:
     def linear_layers(self) -> list[int]:
         """Indices of the linear layers."""
         return [i for i, mixer in enumerate(self.layer_mixers or ()) if mixer == "linear"]
+
+    def save_pretrained(self, save_directory: str | os.PathLike[str], *args: Any, **kwargs: Any) -> None:
+        """As transformers', with the code files that `auto_map` names, so that what is saved loads without linearize.
+
+        Classes that came from an export's own files are left to transformers, which copies those.
+        """
+        super().save_pretrained(save_directory, *args, **kwargs)  # type: ignore[misc]
+        files = getattr(sys.modules.get(__package__ or ""), "export_files", None)
+        if files is not None and getattr(self, "auto_map", None):
+            for path in files():
+                shutil.copyfile(path, os.path.join(save_directory, path.name))
 
 
 @cache

@@ -46,7 +46,7 @@ def place(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     [
         ("plain", "plain is an ordinary checkpoint (model_type 'llama'), not a converted model"),
         ("nameless", "nameless is an ordinary checkpoint (model_type None)"),
-        ("bare", "bare has no linearize.json: it is a converted model that was copied or downloaded without it. Copy"),
+        ("bare", "bare has no linearize.json: it is a converted model that was copied, downloaded or saved again"),
         ("broken", "config.json is not valid JSON"),
         ("adapter", "adapter is an adapter, not a converted model. Give the OUT"),
         ("empty", "empty is no model: it holds neither linearize.json nor config.json. Give the OUT"),

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -151,6 +153,14 @@ def test_told_state_bytes_are_the_real_ones(name: str) -> None:
     assert cache.state_bytes == state_bytes(student.config, dtype_bytes=4)
 
 
+def test_caches_serve_older_transformers_too() -> None:
+    """Before 5.14 a cache's layers were asked for their size by another name, which was abstract."""
+    from linearize.modeling.cache_linearized import FixedLayer, LinearStateLayer
+
+    assert LinearStateLayer().get_max_cache_shape() == LinearStateLayer().get_max_length() == -1
+    assert FixedLayer.get_max_cache_shape is FixedLayer.get_max_length
+
+
 @torch.no_grad()
 def test_foreign_caches_and_masks_are_refused_clearly() -> None:
     from transformers import DynamicCache
@@ -187,6 +197,37 @@ def test_save_and_load(family: str, tmp_path: Path) -> None:
     assert torch.equal(loaded(x).logits, student(x).logits)
     half = AutoModelForCausalLM.from_pretrained(tmp_path, dtype=torch.bfloat16)
     assert half(x).logits.isfinite().all()
+
+
+def test_saving_an_export_again_keeps_its_code(tmp_path: Path) -> None:
+    """Trained further and saved, it still loads where linearize is not: its config names code, which must be there."""
+    from transformers import AutoModelForCausalLM
+
+    from linearize.convert.export import write_model
+
+    native, first, again = teacher("llama"), tmp_path / "first", tmp_path / "again"
+    native.save_pretrained(tmp_path / "teacher")
+    student = convert(native, SPECS["lolcats"])
+    student.save_pretrained(tmp_path / "bare")
+    assert not list((tmp_path / "bare").glob("*.py"))  # its config names none
+    write_model(first, student, teacher_folder=tmp_path / "teacher")
+    AutoModelForCausalLM.from_pretrained(first).save_pretrained(again)
+    assert json.loads((again / "config.json").read_text())["auto_map"]
+    code = {path.name: path.read_bytes() for path in first.glob("*.py")}
+    assert code and {path.name: path.read_bytes() for path in again.glob("*.py")} == code
+    script = (
+        "import sys, torch; sys.modules['linearize'] = sys.modules['linearize_kernels'] = None\n"
+        "from transformers import AutoModelForCausalLM as auto\n"
+        "model = auto.from_pretrained(sys.argv[1], trust_remote_code=True)\n"
+        "model.save_pretrained(sys.argv[2]); model = auto.from_pretrained(sys.argv[2], trust_remote_code=True)\n"
+        "print(model(torch.arange(9)[None]).logits.double().sum().item().hex())"
+    )
+    env = os.environ | {"HF_HOME": str(tmp_path / "home"), "HF_HUB_OFFLINE": "1"}
+    places = [str(again), str(tmp_path / "third")]
+    done = subprocess.run([sys.executable, "-c", script, *places], env=env, capture_output=True, text=True, check=False)
+    with torch.no_grad():
+        want = student(torch.arange(9)[None]).logits.double().sum().item()
+    assert done.stdout.strip() == want.hex(), done.stderr
 
 
 def test_missing_mixers_start_at_their_own_values(tmp_path: Path) -> None:

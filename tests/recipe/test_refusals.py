@@ -165,3 +165,6 @@ def test_missing_and_unknown_recipes(tmp_path: Path) -> None:
     for name in ("", "\0", "x" * 5000):
         with pytest.raises(UsageError):
             load_recipe(name)
+    for other in (None, 3, {"name": "lolcats"}):
+        with pytest.raises(UsageError, match="neither a name nor a file"):
+            load_recipe(other)  # type: ignore[arg-type]
