@@ -63,8 +63,9 @@ def span_of_sequence(offsets, chunk_offsets, n, T, PACKED: tl.constexpr):
 def pair_decay(g_row, g_column, keep, GATED: tl.constexpr):
     """e^{G_row - G_column} where `keep`, else 0; G in log2 units."""
     if GATED:
-        # Masked before exp2: elsewhere the difference is positive and may overflow.
-        weight = tl.exp2(tl.where(keep, g_row - g_column, float("-inf")))
+        # Masked before exp2: elsewhere the difference is positive and may overflow, as it may in rows beyond the
+        # sequence, whose G is 0.
+        weight = tl.exp2(tl.where(keep, tl.minimum(g_row - g_column, 0.0), float("-inf")))
     else:
         weight = tl.where(keep, 1.0, 0.0)
     return weight

@@ -120,6 +120,15 @@ def test_nothing_written_and_all_forgotten() -> None:
     compare(x)
 
 
+@pytest.mark.parametrize("lag", [False, True])
+def test_a_last_chunk_that_forgets_more_than_float32_holds(lag: bool) -> None:
+    """Its rows beyond the sequence are no later than the others, by whom they would be e^1000 times outweighed."""
+    x = made(heads=(2, 2, 1), length=75, state=1, unit=False)
+    x["log_decay"] = torch.where(torch.arange(75) % 3 == 0, -100.0, -0.1).double().expand(1, 2, -1).clone()
+    x["log_decay"][:, 1] = -0.1  # a head that remembers beside one that forgets
+    compare(x, tolerance=3e-5, lag=lag, chunk=32, normalise=True)  # G of -1000 is rounded to 6e-5
+
+
 @pytest.mark.parametrize(("block", "length"), [(16, 100), (32, 33), (64, 200)])
 def test_lag(block: int, length: int) -> None:
     """Blocks of one chunk of 16 or 32 tokens, and of two."""
