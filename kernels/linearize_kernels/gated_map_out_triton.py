@@ -78,10 +78,18 @@ def map_out_kernel(
         mask=in_chunk[:, None] & in_o[None, :], other=0.0,
     )  # fmt: skip
     reach = tl.exp2(stack)
-    acc = tl.dot(scores.to(vt.dtype), vt, acc * reach[:, None], input_precision=PREC) * scale
-    if NORM:
-        total = (tl.sum(mass, 1) * reach + tl.sum(scores, 1)) * scale
-        acc = acc / tl.maximum(total, TINY)[:, None]
+    if vt.dtype == tl.float16:  # as in gated_out_triton.py
+        factor = tl.zeros([HEADS * C], tl.float32) + scale
+        if NORM:
+            total = (tl.sum(mass, 1) * reach + tl.sum(scores, 1)) * scale
+            factor = scale / tl.maximum(total, TINY)
+        acc = tl.dot((scores * factor[:, None]).to(vt.dtype), vt, acc * (reach * factor)[:, None])
+    else:
+        acc = tl.dot(scores.to(vt.dtype), vt, acc * reach[:, None], input_precision=PREC) * scale
+        if NORM:
+            total = (tl.sum(mass, 1) * reach + tl.sum(scores, 1)) * scale
+            acc = acc / tl.maximum(total, TINY)[:, None]
+    if NORM:  # noqa: SIM102 (known when compiled, and then not)
         if tile == 0:
             tl.store(den + at, total, mask=live)
     to = (b * sob + head * soh + t * sot)[:, None] + o[None, :]

@@ -42,6 +42,8 @@ def out_kernel(
 ):  # fmt: skip
     """Grid (batch, chunks, query heads, tiles of V, flat). den [B, H, T]: scale times the denominator."""
     VT: tl.constexpr = (V + BV - 1) // BV
+    # Products of features may leave the range of float16; they do not once they are scaled or shares of a denominator.
+    SHARES: tl.constexpr = v.dtype.element_ty == tl.float16 and not LAG
     pid = tl.program_id(0)
     tile = pid % VT
     h = (pid // VT % H).to(tl.int64)
@@ -124,12 +126,20 @@ def out_kernel(
             v + b * svb + (s // G) * svh + first * svt + rows[:, None] * svt + o[None, :],
             mask=live[:, None] & in_o[None, :], other=0.0,
         )  # fmt: skip
-        acc = tl.dot(scores.to(vt.dtype), vt, acc, input_precision=PREC)
+        if SHARES:
+            factor = tl.zeros([C], tl.float32) + scale
+            if NORM:
+                factor = scale / tl.maximum((mass + tl.sum(scores, 1)) * scale, TINY)
+            acc = tl.dot((scores * factor[:, None]).to(vt.dtype), vt, acc * factor[:, None], input_precision=PREC)
+        else:
+            acc = tl.dot(scores.to(vt.dtype), vt, acc, input_precision=PREC)
         mass += tl.sum(scores, 1)
-    acc = acc * scale
+    if not SHARES:
+        acc = acc * scale
     if NORM:
         mass = mass * scale
-        acc = acc / tl.maximum(mass, TINY)[:, None]
+        if not SHARES:
+            acc = acc / tl.maximum(mass, TINY)[:, None]
         if tile == 0:
             tl.store(den + (b * H + h) * T + tq, mass, mask=read)
     at = out + b * sob + h * soh + first_q * sot + rows[:, None] * sot + o[None, :]

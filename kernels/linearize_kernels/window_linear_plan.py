@@ -69,6 +69,11 @@ class Plan:
         return 2 if self.map in TWO_SIDED or (self.map == "precomputed" and self.width > self.tile) else 1
 
     @property
+    def apart(self) -> bool:
+        """Whether the linear branch is normalised by itself, without the window's mass."""
+        return not self.window or self.mix != "shared"
+
+    @property
     def features(self) -> int:
         """Features of a token, as the caller sees them."""
         return 2 * self.width if self.map in TWO_SIDED else self.width
@@ -89,8 +94,10 @@ class Plan:
             return f"{self.heads} heads, {self.key_heads} key heads and {self.state_heads} states do not divide"
         if self.window and self.scale <= 0:
             return f"its scores are scaled by more than 0, not by {self.scale}"
-        if dtype == torch.float16 and self.map == "hedgehog_exp":
-            return "exp features leave the range of float16; use bfloat16"
+        if dtype == torch.float16 and self.map in ("hedgehog_exp", "relu"):
+            return f"features of the map {self.map!r}, or sums of them, leave the range of float16; use bfloat16"
+        if dtype == torch.float16 and self.map == "hedgehog_softmax" and self.own and self.apart:
+            return "a denominator of features as small as 1e-12 is beyond float16; use bfloat16"
         return None
 
 

@@ -41,6 +41,10 @@ INNER_MAPS = ("hedgehog_exp", "hedgehog_softmax", "learned_softmax", "relu", "cr
 """Feature maps inside `mapped_gated_linear`."""
 WIDE_MAPS = ("hedgehog_exp", "hedgehog_softmax", "learned_softmax")
 """Feature maps with a wider range than float16."""
+BOUNDED_MAPS = ("softmax", "hedgehog_softmax", "l2norm")
+"""Feature maps whose features are at most 1."""
+FLOAT16_TOKENS = 8192
+"""So many such features, of 1 each, add up values of 8 to what float16 holds."""
 WINDOWS = (16, 32, 64, 128)
 NORM_EPS = 1e-6
 
@@ -95,8 +99,9 @@ def unable(
 ) -> str | None:
     """Why no fused op serves this mixer as it is set, or None. `dtype`: in which it would read; None: q's."""
     spec = mixer.spec
-    if (dtype or q.dtype) == torch.float16 and _beyond_float16(mixer):
-        return f"features of the map {spec.feature_map!r} leave the range of float16; bfloat16 has it"
+    tokens = q.shape[2] + (0 if cache is None else cache.seen)
+    if (dtype or q.dtype) == torch.float16 and _beyond_float16(mixer, tokens):
+        return f"features of the map {spec.feature_map!r}, or their sums, leave the range of float16; bfloat16 has it"
     if mixer.execution == "quadratic" or mixer.record_weights:
         return "the quadratic form has no kernel"
     if mixer.softcap is not None and spec.window and mixer.branches != "linear":
@@ -122,14 +127,21 @@ def unable(
     return None
 
 
-def _beyond_float16(mixer: Mixer) -> bool:
-    """Whether the linear branch's features, from 1e-12 or to e^15, would be kept in the dtype of the model."""
+def _beyond_float16(mixer: Mixer, tokens: int) -> bool:
+    """Whether features of the linear branch, or sums of them over `tokens` kept in the model's dtype, leave float16."""
     spec = mixer.spec
-    if spec.write == "none" or mixer.branches == "window" or spec.feature_map not in WIDE_MAPS:
+    if spec.write == "none" or mixer.branches == "window":
         return False
     near = bool(spec.window) and mixer.branches != "linear"
-    # In `window_linear` they are made in float32, tile by tile; it refuses e^15 by itself.
-    return not (_one_op(mixer, near=near) and _own_maps(mixer, near=near))
+    one = _one_op(mixer, near=near)
+    if spec.feature_map in WIDE_MAPS and not (one and _own_maps(mixer, near=near)):
+        return True
+    if not one:  # states are float32 there, or those of the delta rule, which do not add up
+        return False
+    # Of `window_linear`: features of at most 1 have small enough sums over some tokens, and such as are rounded to
+    # nothing are missed only where they make up a denominator.
+    apart = spec.normaliser in ("shared", "own") and not (near and spec.mix == "shared")
+    return spec.feature_map not in BOUNDED_MAPS or tokens > FLOAT16_TOKENS or (apart and spec.feature_map in WIDE_MAPS)
 
 
 def _one_op(mixer: Mixer, *, near: bool) -> bool:

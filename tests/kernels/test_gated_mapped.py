@@ -212,6 +212,21 @@ def test_features_that_float16_cannot_hold_are_refused(name: str) -> None:
         mapped_gated_linear(**x, map=name, backend="triton")
 
 
+@pytest.mark.usefixtures("interpreter")
+@pytest.mark.parametrize(("name", "normaliser"), [("crelu", "none"), ("relu", "own")])
+def test_products_of_features_may_leave_float16(name: str, normaliser: str) -> None:
+    x = made(name, heads=(2, 2, 2), norm=True, steep=100.0) | {"state": None}
+    x["k_weight"] = 100.0 * x["k_weight"]
+    x = {n: None if t is None else t.float() if n == "log_decay" else t.half() for n, t in x.items()}
+    wide = {n: None if t is None else t.double() for n, t in x.items()}
+    features = [map_features(wide[n], wide[f"{n}_weight"], wide[f"{n}_bias"], name) for n in ("q", "k")]
+    assert torch.einsum("bhtf,bhtf->bht", *features).max() > 65504
+    options = {"map": name, "normaliser": normaliser, "scale": 1e-3}
+    got = mapped_gated_linear(**x, **options, backend="triton").double()
+    want = mapped_gated_linear(**wide, **options, backend="torch")
+    assert float((got - want).norm() / want.norm()) < 1e-3
+
+
 @pytest.mark.parametrize(
     ("change", "message"),
     [

@@ -118,6 +118,19 @@ def test_the_strongest_decay_and_none_at_all(decay: str, strength: float) -> Non
     compare(made(decay, length=40, strength=strength), bound=3e-5)
 
 
+@pytest.mark.parametrize("normaliser", ["none", "own"])
+def test_products_of_features_may_leave_float16(normaliser: str) -> None:
+    """Scores are scaled, or made shares of their sum, before they are rounded."""
+    x = made("scalar", length=20, norm=normaliser == "own") | {"state": None}
+    x |= {"q": 200.0 * x["q"], "k": 800.0 * x["k"]}
+    assert torch.einsum("bhtf,bhtf->bht", x["q"], x["k"]).max() > 65504
+    x = {name: None if t is None else t.half() if name in "qkv" else t.float() for name, t in x.items()}
+    options = {"normaliser": normaliser, "scale": 1e-4}
+    got = gated_linear(**x, **options, backend="triton").double()
+    want = gated_linear(**{n: None if t is None else t.double() for n, t in x.items()}, **options, backend="torch")
+    assert float((got - want).norm() / want.norm()) < 1e-3
+
+
 @pytest.mark.parametrize("decay", ["none", "scalar", "channel"])
 def test_segments_of_a_long_scan(decay: str) -> None:
     """More than two segments of chunks, more than one tile of features."""

@@ -12,6 +12,7 @@ import pytest
 import torch
 
 from linearize.modeling.cache_linearized import LinearStateLayer
+from linearize.modeling.fused import unable
 from linearize.modeling.fused_tokens import Tokens
 from linearize.modeling.layout import packed_layout, padded_layout
 from linearize.modeling.mixer import Mixer
@@ -141,6 +142,22 @@ def test_maps_as_steep_as_training_makes_them(name: str, steep: float) -> None:
     assert_same_gradients(one, other, tokens())
 
 
+@pytest.mark.parametrize("name", ["mamba2", "gated-deltanet", "pure"])
+def test_gates_as_far_apart_as_training_moves_them(name: str) -> None:
+    """A head that forgets e^20 a token beside one that forgets nothing; branches that have all of the mix, or nothing.
+
+    The last chunk is not full: rows beyond the sequence must not count.
+    """
+    one, other = build(RECIPES[name], heads=(2, 2)), build(RECIPES[name], "triton", (2, 2))
+    for mixer in (one, other):
+        mixer.decay.a_log.data = torch.linspace(-8.0, 2.0, 2)
+        mixer.decay.dt_bias.data.fill_(3.0)
+        for gate, reach in (("far_mass", 50.0), ("beta", 15.0)):
+            if hasattr(mixer, gate):
+                getattr(mixer, gate).bias.data = torch.linspace(reach, -reach, 2)
+    assert_same_gradients(one, other, tokens(41, heads=(2, 2)))
+
+
 @pytest.mark.parametrize("branches", ["window", "linear"])
 @pytest.mark.parametrize("name", ["lolcats", "pure", "softmax-lagged"])
 def test_one_branch_alone(name: str, branches: str) -> None:
@@ -264,16 +281,18 @@ def test_what_cannot_be_served_is_said(spec: MixerSpec, reason: str) -> None:
     assert torch.equal(run(build(spec, "auto"), tokens()), run(build(spec), tokens()))
 
 
-@pytest.mark.parametrize(("name", "fits"), [("pure", False), ("hybrid", False), ("lolcats", True), ("mamba2", True)])
+@pytest.mark.parametrize(
+    ("name", "fits"), [("pure", False), ("hybrid", False), ("lolcats", True), ("mamba2", True), ("t2r", False)]
+)
 def test_float16_serves_where_it_holds_the_features(name: str, fits: bool) -> None:
-    """Steep maps give features down to 1e-12, which float16 rounds to nothing."""
+    """Steep maps give features down to 1e-12, which float16 rounds to nothing, or such as soon add up to its end."""
     exact, mixer = build(RECIPES[name]), build(RECIPES[name], "triton")
     for one in (exact, mixer):
         if RECIPES[name].feature_map in LEARNED_MAPS:
             one.q_map.weight.data *= 12.0
             one.k_map.weight.data *= 12.0
         one.half()
-    given = {n: v.half() for n, v in tokens().items()}
+    given = {n: v.half() for n, v in (tokens() | {"v": 30.0 * tokens()["v"].abs()}).items()}
     want = run(exact.double(), {n: v.double() for n, v in given.items()})
     if fits:
         assert relative(run(mixer, given).double(), want) < 1e-3
@@ -282,6 +301,23 @@ def test_float16_serves_where_it_holds_the_features(name: str, fits: bool) -> No
             run(mixer, given)
         mixer.backend = "auto"
         assert relative(run(mixer, given).double(), want) < 1e-3
+
+
+def test_float16_leaves_to_torch_what_small_features_normalise_and_long_sums() -> None:
+    """Of lolcats: the linear branch by itself, as an audit reads it, and more tokens than values of 8 allow."""
+    exact, mixer = build(RECIPES["lolcats"]), build(RECIPES["lolcats"], "auto")
+    for one in (exact, mixer):
+        one.q_map.weight.data *= 12.0
+        one.k_map.weight.data *= 12.0
+        one.half()
+    given = {n: v.half() for n, v in tokens().items()}
+    assert unable(mixer, given["q"]) is None
+    assert "float16" in str(unable(mixer, given["q"][:, :, :1].expand(-1, -1, 8193, -1)))
+    exact.branches = mixer.branches = "linear"
+    assert unable(mixer, given["q"].float()) is None
+    assert "float16" in str(unable(mixer, given["q"]))
+    want = run(exact.double(), {n: v.double() for n, v in given.items()})
+    assert relative(run(mixer, given).double(), want) < 1e-3
 
 
 def test_a_backend_is_one_of_three() -> None:
