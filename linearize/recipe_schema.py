@@ -262,7 +262,7 @@ def build(cls: type[Section], values: Any, section: str) -> Section:
     known = {f.name: f for f in fields(cls)}  # type: ignore[arg-type]
     for key in values:
         if key not in known:
-            raise unknown_key(section, str(key), known, _dotted_keys())
+            raise unknown_key(section, str(key), known, dotted_keys())
     for name, spec in known.items():
         if name not in values and spec.default is MISSING and spec.default_factory is MISSING:
             raise UsageError(f"{section + '.' if section else ''}{name}: missing", "Write this key.")
@@ -301,7 +301,7 @@ _SECTIONS: dict[str, type] = {
 
 
 @lru_cache(maxsize=1)
-def _dotted_keys() -> tuple[str, ...]:
+def dotted_keys() -> tuple[str, ...]:
     """Every key of the schema, written out."""
     keys = [f.name for f in fields(Recipe)]
     for section, cls in _SECTIONS.items():

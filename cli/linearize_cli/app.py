@@ -92,11 +92,23 @@ def _with_suggestion(error: Any, message: str) -> str:
     if command is not None and hasattr(error, "possibilities"):  # an unknown option
         typed = error.option_name
         known = {name for param in command.params for name in (*param.opts, *param.secondary_opts)}
-        return f"No such option: {typed}.{did_you_mean(typed, known | {'--help'})}"
+        return f"No such option: {typed}.{_as_a_key(command, typed) or did_you_mean(typed, known | {'--help'})}"
     if message.startswith("No such command") and "Did you mean" not in message:
         word = message.partition("'")[2].rpartition("'")[0]
         return message + did_you_mean(word, getattr(command, "commands", ()))
     return message
+
+
+def _as_a_key(command: Any, typed: str) -> str:
+    """Where a command takes keys of a recipe and an option is named like one: how that is written; else nothing."""
+    if not any(param.name == "overrides" for param in command.params):
+        return ""
+    from linearize.recipe_schema import dotted_keys
+
+    word = typed.strip("-").replace("-", "_")
+    found = [key for key in dotted_keys() if word in (key, key.rpartition(".")[2])]
+    written = " or ".join(f"{key}=VALUE" for key in found)
+    return f" Keys of a recipe are written without dashes: {written}" if found else ""
 
 
 def _failed(message: str, code: int, hint: str | None = None) -> int:
