@@ -59,8 +59,8 @@ def in_stretches(
 
 def stretch_length(mixer: Mixer, q: Tensor) -> int:
     """Tokens of q [N, H, L, D] that are read at once where there is a state."""
-    if q.device.type != "cpu" or not mixer.features:
-        return MOST
+    if q.device.type != "cpu" or not mixer.features or torch.compiler.is_compiling():
+        return MOST  # a compiler unrolls loops, and fuses operators itself
     # Behind a lag, features of the tokens in the ring are made again for every stretch.
     least = 4 * mixer.spec.window if mixer.spec.lagged else CHUNK
     size = q.shape[0] * mixer.num_heads * mixer.features * 4  # float32

@@ -247,6 +247,10 @@ def test_without_gradients_wide_features_are_made_in_stretches(name: str, monkey
         mixer.record = True
         run(mixer, x)
         assert mixer.last_output is not None and cuts[-1] == mixer.last_output.shape[1] == 300
+        mixer.record = False
+        monkeypatch.setattr(torch.compiler, "is_compiling", lambda: True)
+        run(mixer, x)  # which a compiler would unroll
+        assert cuts[-1] == 300
 
 
 def test_every_pair_counts_once() -> None:
