@@ -21,11 +21,11 @@ from hypothesis import strategies as some
 
 from linearize.errors import LinearizeError, UsageError
 from linearize.recipe import Recipe, list_recipes, load_recipe, recipe_from_dict, recipe_path
-from linearize.recipe_schema import _dotted_keys
+from linearize.recipe_schema import dotted_keys
 from linearize.strict import MAX_YAML_BYTES
 
 GOOD = [recipe_path(name).read_text(encoding="utf-8") for name in list_recipes()]
-KEYS = list(_dotted_keys())
+KEYS = list(dotted_keys())
 ODD = [
     "nan",
     ".inf",
