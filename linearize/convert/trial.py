@@ -141,7 +141,10 @@ def _share(mixer: Mixer, window: Any, linear: Tensor, gate: Tensor | None) -> Te
         return mass / (mass + linear[..., -1])
     if gate is None:
         return linear.new_full(linear.shape[:3], spec.window_weight)
-    return torch.sigmoid((window[1].log() + window[2])[..., 0] - gate) if spec.mix == "mass" else gate
+    if spec.mix != "mass":
+        return gate
+    beyond = mixer.mass_beyond(gate, linear[..., -1]) if spec.matched_mass else gate
+    return torch.sigmoid((window[1].log() + window[2])[..., 0] - beyond)
 
 
 def _rate(gate: Tensor | None, like: Tensor, heads: int) -> Tensor:

@@ -19,9 +19,9 @@ try:
 except ImportError:  # an exported model without linearize
     pick = decode_step = None  # type: ignore[assignment]
 try:
-    from linearize_kernels.decode import PROJECTS
+    from linearize_kernels.decode import MATCHES, PROJECTS
 except ImportError:  # or with an older one
-    PROJECTS = False
+    MATCHES = PROJECTS = False
 
 if TYPE_CHECKING:
     from .mixer import Mixer
@@ -31,6 +31,7 @@ if TYPE_CHECKING:
 def step_rule(spec: MixerSpec, head_dim: int, state_heads: int, scaling: float, rotated: bool) -> Any:
     """The kernel's rule for a mixer; rotated: whether it is given queries and keys with a rotation to undo."""
     learned = spec.feature_map in LEARNED_MAPS
+    newer: dict[str, Any] = {"matched_mass": True} if spec.matched_mass and MATCHES else {}
     return StepRule(
         feature_map=spec.feature_map,
         key_map=spec.key_map,
@@ -49,6 +50,7 @@ def step_rule(spec: MixerSpec, head_dim: int, state_heads: int, scaling: float, 
         window_weight=float(spec.window_weight),
         scaling=float(scaling),
         state_heads=state_heads,
+        **newer,
     )
 
 
@@ -63,6 +65,8 @@ def step_backend(mixer: Mixer, q: torch.Tensor) -> tuple[str, str | None]:
     reason = unable(step_rule(mixer.spec, mixer.head_dim, mixer.state_heads, mixer.scaling, True), mixer.head_dim)
     if mixer.softcap is not None and mixer.spec.window:
         reason = "a bound on attention scores has no kernel"
+    elif mixer.spec.matched_mass and not MATCHES:
+        reason = "the installed linearize_kernels is older than this mixer"
     elif mixer.record:
         reason = "the mixer records its branches"
     elif torch.is_grad_enabled() and q.requires_grad:
@@ -130,6 +134,7 @@ def step_weights(mixer: Mixer) -> dict[str, torch.Tensor]:
         "window_logit": (mixer, "window_logit"),
         "linear_scale": (mixer, "linear_scale"),
         "norm_weight": (mixer, "norm_weight"),
+        "mass_power": (mixer, "mass_power"),
     }
     for name, module in (("beta", "beta"), ("mix", "mix_gate"), ("mix", "far_mass")):
         if hasattr(mixer, module):
