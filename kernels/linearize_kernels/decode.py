@@ -41,9 +41,8 @@ WIDE = 256
 """From how many features a sign they are read in tiles, where they can be: three launches instead of one."""
 MOST_FEATURES, MOST_CHANNELS, MOST_SLOTS = 512, 256, 512
 """Largest map a sign read at once, head and pair of blocks whose tiles fit into registers."""
-PROJECTS = MATCHES = True
-"""That a step takes the weights of a mixer's own projections, and a mass that follows the linear branch's denominator;
-modeling asks, for a release before this did not."""
+PROJECTS = True
+"""That a step takes the weights of a mixer's own projections; modeling asks, for a release before this did not."""
 MOST_WIDE = 4096
 """Largest map a sign read in tiles, whose sums fit into registers."""
 
@@ -71,8 +70,6 @@ class StepRule:
     window_weight: float
     scaling: float
     state_heads: int
-    matched_mass: bool = False
-    """Whether the mass beyond the window follows the linear branch's denominator."""
 
 
 def wide(rule: StepRule) -> bool:
@@ -126,10 +123,9 @@ def decode_step(
             ring_beta [B, S, 2W]; with sinks sink_k, sink_v [B, K, Z, D].
         weights: of the maps q_weight [H, D, F], k_weight [S, D, F], q_bias [H, F], k_bias [S, F]; `decay`: [S] log
             decays where fixed, [S, C] with decay_bias and a_log [S] where scalar, this token's log decays [B, S, N]
-            float32 per channel; beta_weight [S, C], beta_bias [S]; mix_weight [H, C], mix_bias [H] of a learned mix,
-            mass_power [H] where it follows a denominator; window_logit [H], linear_scale [H], norm_weight [H, D]. Each
-            where `rule` needs it. With q_own [H D, C] and k_own [S D, C] the linear branch's queries and keys are
-            x W^T / sqrt(C) more than what `unrotate` leaves.
+            float32 per channel; beta_weight [S, C], beta_bias [S]; mix_weight [H, C], mix_bias [H] of a learned mix;
+            window_logit [H], linear_scale [H], norm_weight [H, D]. Each where `rule` needs it. With q_own [H D, C] and
+            k_own [S D, C] the linear branch's queries and keys are x W^T / sqrt(C) more than what `unrotate` leaves.
         inputs: the layer's input [B, C], where a gate reads it.
         rotation: cos, sin [B or 1, D], under `unrotate`.
         own: queries [B, H, D] and keys [B, S, D] of the linear branch where they are not q and k, and have not the

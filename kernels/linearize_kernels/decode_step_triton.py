@@ -34,7 +34,7 @@ def decode_kernel(
     q, k, v, q_lin, k_lin, inputs, cos, sin, out,
     state, z, z_next, position, ring_k, ring_v, ring_g, ring_beta, sink_k, sink_v,
     q_weight, q_bias, k_weight, k_bias, decay, decay_bias, a_log, beta_weight, beta_bias, mix_weight, mix_bias,
-    mass_power, window_logit, linear_scale, norm_weight, parts, masses,
+    window_logit, linear_scale, norm_weight, parts, masses,
     sqb, sqh, skb, skh, svb, svh, sxb, scb, H, HK, S,
     SCALE: tl.constexpr, WINDOW_WEIGHT: tl.constexpr, POWER: tl.constexpr,
     D: tl.constexpr, DP: tl.constexpr, F: tl.constexpr, FP: tl.constexpr, SIGNS: tl.constexpr,
@@ -43,7 +43,7 @@ def decode_kernel(
     MAP: tl.constexpr, KEY_MAP: tl.constexpr, LEARNED: tl.constexpr, BIASED: tl.constexpr, UNIT: tl.constexpr,
     QUERY_SCALED: tl.constexpr, UNROTATE: tl.constexpr, OWN: tl.constexpr, WRITE: tl.constexpr, LAGGED: tl.constexpr,
     DECAY: tl.constexpr, DT_GAIN: tl.constexpr, NEGATIVE: tl.constexpr, NORM: tl.constexpr, MIX: tl.constexpr,
-    MATCHED: tl.constexpr, PARTS: tl.constexpr, PP: tl.constexpr, HOLD: tl.constexpr, EARLY: tl.constexpr,
+    PARTS: tl.constexpr, PP: tl.constexpr, HOLD: tl.constexpr, EARLY: tl.constexpr,
 ):  # fmt: skip
     """Grid (tiles of value channels, B H / GROUP). Shapes in decode.py; D channels, F outputs of the map a sign.
 
@@ -247,10 +247,7 @@ def decode_kernel(
                 share = token_score(x, mix_weight + h * C, mix_bias + h, C, CT)
                 if MIX == "mass":
                     share = tl.log(total) + largest - share
-                if MATCHED:
-                    power = tl.load(mass_power + h).to(tl.float32)
-                else:
-                    share = tl.sigmoid(share)
+                share = tl.sigmoid(share)
             if PARTS > 0:
                 if EARLY:
                     tl.extra.cuda.gdc_wait()
@@ -278,8 +275,6 @@ def decode_kernel(
                     gamma = tl.sigmoid(tl.load(window_logit + h).to(tl.float32))
                     result = (gamma * result + linear) / (gamma * total + mass)
                 else:
-                    if MATCHED:
-                        share = tl.sigmoid(share - power * tl.log(tl.maximum(mass, TINY)))
                     result = share * (result / total) + (1.0 - share) * linear
             else:
                 result /= total

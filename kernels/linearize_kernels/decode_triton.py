@@ -23,7 +23,7 @@ from .tuning import decode_wide as wide_tuning
 MEMORY = ("state", "z", "z_next", "position", "ring_k", "ring_v", "ring_g", "ring_beta", "sink_k", "sink_v")
 WEIGHTS = (
     "q_weight", "q_bias", "k_weight", "k_bias", "decay", "decay_bias", "a_log", "beta_weight", "beta_bias",
-    "mix_weight", "mix_bias", "mass_power", "window_logit", "linear_scale", "norm_weight",
+    "mix_weight", "mix_bias", "window_logit", "linear_scale", "norm_weight",
 )  # fmt: skip
 SPLIT_WEIGHTS = ("q_weight", "q_bias", "k_weight", "k_bias", "window_logit")
 FEATURE_WEIGHTS = ("q_weight", "q_bias", "k_weight", "k_bias", "decay", "decay_bias", "a_log")
@@ -79,7 +79,6 @@ def constants(
         "NEGATIVE": rule.negative_eigenvalues,
         "NORM": rule.normaliser,
         "MIX": rule.mix,
-        "MATCHED": rule.matched_mass,
         "PARTS": 0,
         "PP": 1,
         "EARLY": False,

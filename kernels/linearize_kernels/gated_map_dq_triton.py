@@ -34,18 +34,18 @@ from .tuning import gated_map_chunk, gated_map_dq
 
 @triton.jit(do_not_specialize=["T", "H", "NT"])
 def map_dq_kernel(
-    fq, fk, pairs, g, dout, factor, extra, states, z_states, den, changes, along, dy, d_bias, gates, found, table,
+    fq, fk, pairs, g, dout, factor, extra, states, z_states, den, along, dy, d_bias, gates, found, table,
     sgb, sgh, sgt, sdb, sdh, sdt, part, scale, T, H, NT,
     R: tl.constexpr, WIDTH: tl.constexpr, V: tl.constexpr, BF: tl.constexpr, BV: tl.constexpr,
     SPAN: tl.constexpr, C: tl.constexpr, MAP: tl.constexpr, SIGNED: tl.constexpr, DECAY: tl.constexpr,
     NORM: tl.constexpr, PACKED: tl.constexpr, BIAS: tl.constexpr, WANT_G: tl.constexpr, SUMS: tl.constexpr,
-    SPARED: tl.constexpr, CHANGED: tl.constexpr, PREC: tl.constexpr,
+    SPARED: tl.constexpr, PREC: tl.constexpr,
 ):  # fmt: skip
     """Grid (batch, chunks, spans of columns, query heads, flat). BV covers V.
 
     A span is SPAN tiles of BF columns. dy [B, H, T, WIDTH], d_bias [B, H, NT, WIDTH] its sums; gates [spans, ., H, T],
-    spans `part` apart. With SUMS only found [spans, B, H, T, SIGNED] is written: phi dphi, or under SPARED, where no
-    denominator of the chunk is SMALL, 0 or (CHANGED) changes [B, H, T].
+    spans `part` apart. With SUMS only found [spans, B, H, T, SIGNED] is written: phi dphi, or under SPARED 0 where no
+    denominator of the chunk is SMALL.
     """
     F: tl.constexpr = WIDTH * SIGNED
     NF: tl.constexpr = (WIDTH + BF * SPAN - 1) // (BF * SPAN)
@@ -64,10 +64,7 @@ def map_dq_kernel(
     if SUMS and SPARED:
         to = found + span.to(tl.int64) * part + at
         if tl.min(tl.load(den + at, mask=live, other=1.0), 0) >= SMALL * scale:
-            known = tl.zeros([C], tl.float32)
-            if CHANGED:
-                known = tl.load(changes + at, mask=live, other=0.0)
-            tl.store(to, known, mask=live)
+            tl.store(to, tl.zeros([C], tl.float32), mask=live)
             return
     running, _ = row_decay(g, b * sgb + s * sgh, sgt, t, live, C, DECAY)
     reach = tl.exp2(running)
@@ -140,7 +137,7 @@ def map_query_gradients(
     dout: torch.Tensor,
     factors: tuple[torch.Tensor | None, torch.Tensor | None],
     states: tuple[torch.Tensor, torch.Tensor],
-    near: tuple[torch.Tensor, torch.Tensor | None],
+    den: torch.Tensor,
     gates: torch.Tensor | None,
     *,
     chunk: int,
@@ -148,8 +145,7 @@ def map_query_gradients(
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """dy [B, H, T, f] in the features' dtype, and with `bias` its sums [B, H, NT, f] float32, else empty.
 
-    gates [spans, B, H, T] are filled where they are given. near: denominators [B, H, T] and, where they have gradients
-    of their own, the product of both.
+    gates [spans, B, H, T] are filled where they are given.
     """
     fq, fk = features
     config = gated_map_dq(plan.capability, plan.features // plan.signs, plan.values, fq.dtype)
@@ -163,11 +159,11 @@ def map_query_gradients(
 
     def launch(along: torch.Tensor | None, found: torch.Tensor | None, part: int, spans: int, span: int) -> None:
         start(plan.found, map_dq_kernel, plan.batch * count * spans * plan.heads, (
-            fq, fk, pairs, g, dout, *factors, *states, *near, along, dy, d_bias, gates, found, table,
+            fq, fk, pairs, g, dout, *factors, *states, den, along, dy, d_bias, gates, found, table,
             *plan.decay_strides(g), *dout.stride()[:3], part, plan.scale, plan.length, plan.heads, count,
         ), dict(
             MAP=plan.map, BIAS=bias, WANT_G=gates is not None, SUMS=found is not None, SPARED=plan.spared,
-            CHANGED=near[1] is not None, **options(plan, chunk, fq.dtype), **(config | {"SPAN": span}),
+            **options(plan, chunk, fq.dtype), **(config | {"SPAN": span}),
         ))  # fmt: skip
 
     along = None
@@ -191,14 +187,9 @@ def gate_cases(arch: int = 90) -> list[tuple[Any, dict[str, str], dict[str, Any]
         constants = (
             map_gate_constants(size, width, name, chunk) | {"BIAS": True, "WANT_G": True, "SUMS": False} | config
         )
-        constants |= {"SPARED": name == "learned_softmax", "CHANGED": False, "changes": None}
-        constants |= {} if name in SOFTMAXES else {"along": None}
+        constants |= {"SPARED": name == "learned_softmax"} | ({} if name in SOFTMAXES else {"along": None})
         signature = gate_signature(map_dq_kernel, MAP_POINTERS, constants)
         cases.append((map_dq_kernel, signature, constants, launch, f"D {size} f {width} {name}"))
     found = cases[1]
     more = found[2] | {"SUMS": True} | {"SPAN": found[2]["WIDTH"] // found[2]["BF"]}
-    changed = more | {"CHANGED": True}
-    del changed["changes"]
-    pointers = gate_signature(map_dq_kernel, MAP_POINTERS | {"changes": "*fp32"}, changed)
-    last = found[0], pointers, changed, found[3], f"{found[4]}, sums of changed denominators"
-    return [*cases, (*found[:2], more, found[3], f"{found[4]}, sums"), last]
+    return [*cases, (*found[:2], more, found[3], f"{found[4]}, sums")]

@@ -156,7 +156,6 @@ def backward(
     sums: Sums,
     rest: torch.Tensor,
     d_out: torch.Tensor,
-    d_den: torch.Tensor | None,
     d_final: torch.Tensor | None,
     **wanted: bool,
 ) -> Gradients:
@@ -164,21 +163,12 @@ def backward(
     chunk = gated_map_chunk(plan.capability, x.q.dtype)
     found = Gradients(plan, x, **wanted)
     pair = factors(plan, out, den, d_out, rest if rest.numel() else None)
-    change = None
-    if d_den is not None and plan.norm:
-        # Of the output a query's features change nothing by their size; of the denominator they do, in proportion.
-        change = d_den.float() * den
-        pair[1].add_(d_den, alpha=plan.scale)  # type: ignore[union-attr]
     small = small_ends(plan, den) if plan.spared else None
     for part, at in sliced(plan, x.q.dtype, chunk, backward=True):
         own = x.part(at)
         weights = tuple(f if f is None else at.of_heads(f) for f in pair)
         ends = at.of_states(state), at.of_states(d_final)
-        near = (
-            at.of_heads(den) if plan.norm else den,
-            None if small is None else small[at.rows, at.states],
-            None if change is None else at.of_heads(change),
-        )
+        near = at.of_heads(den) if plan.norm else den, None if small is None else small[at.rows, at.states]
         mine = _sums(at, sums)
         _backward_slice(part, at, own, ends, mine, near, at.of_heads(d_out), (weights[0], weights[1]), found, chunk)
     return found
@@ -190,7 +180,7 @@ def _backward_slice(
     x: Mapped,
     ends: tuple[torch.Tensor | None, torch.Tensor | None],
     sums: Sums,
-    near: tuple[torch.Tensor, torch.Tensor | None, torch.Tensor | None],
+    near: tuple[torch.Tensor, torch.Tensor | None],
     d_out: torch.Tensor,
     pair: tuple[torch.Tensor | None, torch.Tensor | None],
     found: Gradients,
@@ -218,7 +208,7 @@ def _backward_slice(
         plan, x.v, x.g, features, pairs, after, (along, near[1]), k_gates, chunk=chunk, bias=found.biased
     )
     dy_q, sums_q = map_query_gradients(
-        plan, x.g, features, pairs, d_out, pair, before, (near[0], near[2]), q_gates, chunk=chunk, bias=found.biased
+        plan, x.g, features, pairs, d_out, pair, before, near[0], q_gates, chunk=chunk, bias=found.biased
     )
     input_gradient(plan, dy_q, x.q_weight, dq, "q")
     input_gradient(plan, dy_k, x.k_weight, dk, "k")

@@ -112,7 +112,6 @@ def mapped_gated_linear_backward_op(
     k_sums: torch.Tensor,
     rest: torch.Tensor,
     d_out: torch.Tensor,
-    d_den: torch.Tensor | None,
     d_final: torch.Tensor | None,
     kind: str,
     scale: float,
@@ -128,14 +127,14 @@ def mapped_gated_linear_backward_op(
     plan = _plan(q, v, g, q_weight, k_weight, cu_seqlens, kind, scale, norm)
     x = _mapped(q, k, v, g, q_weight, q_bias, k_weight, k_bias)
     wanted = dict(want_g=want_g, want_state=want_state, want_maps=want_maps)
-    found = slices.backward(plan, x, state, out, den, (q_sums, k_sums), rest, d_out, d_den, d_final, **wanted)
+    found = slices.backward(plan, x, state, out, den, (q_sums, k_sums), rest, d_out, d_final, **wanted)
     return found.dq, found.dk, found.dv, found.gates(plan), *found.maps, found.state
 
 
 @mapped_gated_linear_backward_op.register_fake
 def _(  # type: ignore[no-untyped-def]
-    q, k, v, g, q_weight, q_bias, k_weight, k_bias, state, cu_seqlens, out, den, q_sums, k_sums, rest, d_out, d_den,
-    d_final, kind, scale, norm, want_g, want_state, want_maps,
+    q, k, v, g, q_weight, q_bias, k_weight, k_bias, state, cu_seqlens, out, den, q_sums, k_sums, rest, d_out, d_final,
+    kind, scale, norm, want_g, want_state, want_maps,
 ):  # fmt: skip
     def like(x: torch.Tensor) -> torch.Tensor:
         batch, heads, length, width = x.shape
@@ -161,7 +160,7 @@ def _keep(ctx, inputs, output) -> None:  # type: ignore[no-untyped-def]
     ctx.set_materialize_grads(False)
 
 
-def _backward(ctx, d_out, d_den, d_final, *_):  # type: ignore[no-untyped-def]
+def _backward(ctx, d_out, _d_den, d_final, *_):  # type: ignore[no-untyped-def]
     *inputs, out, den, q_sums, k_sums, rest = ctx.saved_tensors
     g, q_weight, q_bias, k_weight, k_bias, state = inputs[3:9]
     need = ctx.needs_input_grad
@@ -171,7 +170,7 @@ def _backward(ctx, d_out, d_den, d_final, *_):  # type: ignore[no-untyped-def]
     d_out = torch.zeros_like(out) if d_out is None else d_out
     d_out = d_out if d_out.stride(-1) == 1 else d_out.contiguous()
     dq, dk, dv, dg, dwq, dbq, dwk, dbk, d_state = torch.ops.linearize.mapped_gated_linear_backward(
-        *inputs, out, den, q_sums, k_sums, rest, d_out, d_den, d_final, *ctx.options, want_g, want_state, want_maps
+        *inputs, out, den, q_sums, k_sums, rest, d_out, d_final, *ctx.options, want_g, want_state, want_maps
     )
     maps: list[torch.Tensor | None] = [None] * 4
     if want_maps:

@@ -8,13 +8,10 @@ they are made in torch, for `gated_linear`.
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
-import torch.nn.functional as nnf
 
 from .backend import Call, decay_kind, pick, unseen, untrusted
-from .gated import CHUNK, LARGEST, TINY, _rows, gated_linear
+from .gated import CHUNK, LARGEST, _rows, gated_linear
 
 WIDEST = 128
 """Channels of a query that the kernels hold beside a tile of features."""
@@ -63,12 +60,11 @@ def mapped_gated_linear(
     normaliser: str = "none",
     state: torch.Tensor | None = None,
     return_state: bool = False,
-    return_denominator: bool = False,
     lag: bool = False,
     chunk: int = CHUNK,
     cu_seqlens: torch.Tensor | None = None,
     backend: str = "auto",
-) -> torch.Tensor | tuple[torch.Tensor, ...]:
+) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor]:
     """`gated_linear` of phi(q) and phi(k); gradients also for the maps' weights and biases.
 
     Args:
@@ -77,8 +73,6 @@ def mapped_gated_linear(
         q_weight: [H, D, f], q_bias: [H, f] or None; k_weight: [S, D, f], k_bias: [S, f] or None (as q's). Any float
             dtype; multiplied in q's. State head s maps the keys of head s // (S / K).
         map: hedgehog_exp, hedgehog_softmax, crelu (F = 2 f), learned_softmax, relu or linear (F = f).
-        return_denominator: give last what the output was divided by, scale phi(q_t).z_t [B, H, T] float32, with
-            gradients; needs normaliser `own`.
 
     Other arguments, the result and errors are those of `gated_linear`.
     """
@@ -89,8 +83,6 @@ def mapped_gated_linear(
     for name, x, w in (("q", q, q_weight), ("k", k, k_weight)):
         if w.ndim != 3 or w.shape[0] % x.shape[1] or w.shape[1] != x.shape[3]:
             raise ValueError(f"{name}_weight {tuple(w.shape)} does not map {name} {tuple(x.shape)}")
-    if return_denominator and normaliser != "own":
-        raise ValueError("return_denominator: there is none without the normaliser 'own'")
     given = (q, k, v, log_decay, state)
     signs = 2 if map in ("hedgehog_exp", "hedgehog_softmax", "crelu") else 1
     size = Call(features=signs * q_weight.shape[2], values=v.shape[3], decay=decay_kind(log_decay))
@@ -103,11 +95,10 @@ def mapped_gated_linear(
         inner = "torch" if backend == "torch" else "auto"
         if q.is_cuda and inner == "auto" and not (map in BEYOND_FLOAT16 and v.dtype == torch.float16):
             fq, fk = fq.to(v.dtype), fk.to(v.dtype)  # as gated_linear's kernels read them
-        options: dict[str, Any] = {"state": state, "return_state": return_state, "lag": lag, "chunk": chunk}
-        options |= {"scale": scale, "cu_seqlens": cu_seqlens}
-        if return_denominator:
-            return _with_denominator(fq, fk, v, log_decay, **options)
-        return gated_linear(fq, fk, v, log_decay, normaliser=normaliser, backend=inner, **options)
+        return gated_linear(
+            fq, fk, v, log_decay, scale=scale, normaliser=normaliser, state=state, return_state=return_state, lag=lag,
+            chunk=chunk, cu_seqlens=cu_seqlens, backend=inner,
+        )  # fmt: skip
     from .gated_map_triton import forward, mapped_gated_linear_op
 
     g = None if log_decay is None else log_decay.float()
@@ -116,23 +107,11 @@ def mapped_gated_linear(
     trained = (q, k, v, g, q_weight, q_bias, k_weight, k_bias, first)
     train = torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in trained)
     run = forward if unseen(*trained, cu_seqlens) else mapped_gated_linear_op
-    out, den, last, *_ = run(
+    out, _, last, *_ = run(
         q, k, v, g, q_weight, q_bias, k_weight, k_bias, first, cu_seqlens, map, float(scale), normaliser == "own",
         return_state, train,
     )  # fmt: skip
-    found = (out, *((last,) if return_state else ()), *((den,) if return_denominator else ()))
-    return found if len(found) > 1 else out
-
-
-def _with_denominator(  # type: ignore[no-untyped-def]
-    fq, fk, v, log_decay, *, scale, **options
-) -> tuple[torch.Tensor, ...]:
-    """`gated_linear` in torch with the normaliser `own`, its state (where asked for) and its denominators."""
-    values = nnf.pad(v if v.dtype == torch.float64 else v.float(), (0, 1), value=1.0)
-    found = gated_linear(fq, fk, values, log_decay, scale=scale, backend="torch", **options)
-    both, *last = found if isinstance(found, tuple) else (found,)
-    out = both[..., :-1] / both[..., -1:].clamp_min(TINY)
-    return out.to(v.dtype), *last, both[..., -1]
+    return (out, last) if return_state else out
 
 
 def _unable(q, k, v, g, name: str, lag: bool) -> str | None:  # type: ignore[no-untyped-def]

@@ -141,10 +141,7 @@ def _share(mixer: Mixer, window: Any, linear: Tensor, gate: Tensor | None) -> Te
         return mass / (mass + linear[..., -1])
     if gate is None:
         return linear.new_full(linear.shape[:3], spec.window_weight)
-    if spec.mix != "mass":
-        return gate
-    beyond = mixer.mass_beyond(gate, linear[..., -1]) if spec.matched_mass else gate
-    return torch.sigmoid((window[1].log() + window[2])[..., 0] - beyond)
+    return torch.sigmoid((window[1].log() + window[2])[..., 0] - gate) if spec.mix == "mass" else gate
 
 
 def _rate(gate: Tensor | None, like: Tensor, heads: int) -> Tensor:

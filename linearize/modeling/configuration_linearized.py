@@ -43,7 +43,6 @@ class LinearizedFields:
     mixer_window: int = MixerSpec.window
     mixer_sinks: int = MixerSpec.sinks
     mixer_mix: str = MixerSpec.mix
-    mixer_matched_mass: bool = MixerSpec.matched_mass
     mixer_coverage: str = MixerSpec.coverage
     mixer_window_weight: float | int = MixerSpec.window_weight
 

@@ -116,8 +116,6 @@ def unable(
         return "keys of the delta rule that are scaled by a step size have no kernel"
     if spec.lagged and spec.write == "add" and spec.normaliser in ("norm", "scale"):
         return f"normaliser {spec.normaliser!r} of what the window cannot see has no kernel"
-    if spec.matched_mass and mixer.branches == "full" and (spec.lagged or not _map_inside(mixer)):
-        return "no kernel gives the denominators of features that are made outside of it"
     if cache is not None and torch.is_grad_enabled() and q.requires_grad:
         return "a cache that gradients flow through has no kernel"
     if cache is not None and cache.seen and (layout is not None or cache.uniform is None):
@@ -166,7 +164,7 @@ def attend(mixer: Mixer, x: Tokens, *, keep: bool) -> tuple[Tensor, Tensor | Non
     far_wanted = spec.write != "none" and mixer.branches != "window"
     if far_wanted and _one_op(mixer, near=near_wanted):
         return together(mixer, x, near=near_wanted, keep=keep)
-    near = log_sum = far = last = below = None
+    near = log_sum = far = last = None
     if near_wanted:
         near, log_sum = window_attention(
             x.near_q, x.near_k, x.near_v, window=spec.window, scale=mixer.scaling, sinks=spec.sinks,
@@ -174,7 +172,7 @@ def attend(mixer: Mixer, x: Tokens, *, keep: bool) -> tuple[Tensor, Tensor | Non
         )  # fmt: skip
         near, log_sum = x.new_rows(near), x.new_rows(log_sum)
     if far_wanted:
-        far, last, below = far_branch(mixer, x, keep=keep, matched=spec.matched_mass and near_wanted)
+        far, last = far_branch(mixer, x, keep=keep)
         if mixer.record and not spec.lagged:
             mixer.last_linear = x.put_back(far).transpose(1, 2)
     if near is None or far is None:
@@ -182,7 +180,7 @@ def attend(mixer: Mixer, x: Tokens, *, keep: bool) -> tuple[Tensor, Tensor | Non
         assert found is not None
         return found, last
     assert log_sum is not None
-    return blend(near, far, share_of(mixer, x, log_sum, below), backend=mixer.backend), last
+    return blend(near, far, share_of(mixer, x, log_sum), backend=mixer.backend), last
 
 
 def together(mixer: Mixer, x: Tokens, *, near: bool, keep: bool) -> tuple[Tensor, Tensor | None]:
@@ -224,11 +222,8 @@ def together(mixer: Mixer, x: Tokens, *, near: bool, keep: bool) -> tuple[Tensor
     return (out if own or near else finished(mixer, out)), last
 
 
-def far_branch(mixer: Mixer, x: Tokens, *, keep: bool, matched: bool) -> tuple[Tensor, Tensor | None, Tensor | None]:
-    """The linear branch over all tokens, normalised: [N, H, L, D], and with `keep` the state after them.
-
-    Then its denominators [N, H, L] float32, where `matched` asks for them.
-    """
+def far_branch(mixer: Mixer, x: Tokens, *, keep: bool) -> tuple[Tensor, Tensor | None]:
+    """The linear branch over all tokens, normalised: [N, H, L, D], and with `keep` the state after them."""
     spec = mixer.spec
     g, beta = x.gates(mixer)
     first = x.first_state(mixer)
@@ -239,29 +234,28 @@ def far_branch(mixer: Mixer, x: Tokens, *, keep: bool, matched: bool) -> tuple[T
         fk = x.without_sinks(fk, spec.sinks) if lag else fk
         assert beta is not None
         rule: dict[str, Any] = {"normalise": True, "lag": lag} | ({"chunk": spec.window} if lag else {})
-        found: Any = gated_delta(fq, fk, x.v, beta, g, **rule, **options)
+        found = gated_delta(fq, fk, x.v, beta, g, **rule, **options)
     else:
         options["normaliser"] = "own" if spec.normaliser in ("shared", "own") else "none"
         options["scale"] = mixer.scaling if spec.feature_map in SCALED else 1.0
-        if _map_inside(mixer):
+        if _map_inside(mixer, g):
             q, k = x.linear_qk(mixer)
             k = k[:, :: k.shape[1] // x.v.shape[1]]  # one a key head, where they were repeated for state heads
             options |= {f"{n}_bias": getattr(m, "bias", None) for n, m in (("q", mixer.q_map), ("k", mixer.k_map))}
             options |= {"q_weight": mixer.q_map.weight, "k_weight": mixer.k_map.weight}
-            found = mapped_gated_linear(q, k, x.v, g, map=spec.feature_map, return_denominator=matched, **options)
+            found = mapped_gated_linear(q, k, x.v, g, map=spec.feature_map, **options)
         else:
             found = gated_linear(*x.features(mixer), x.v, g, **options)
-    out, last = _both(found[:-1] if matched else found)
-    below = found[-1] if matched else None
-    return finished(mixer, out), last, below
+    out, last = _both(found)
+    return finished(mixer, out), last
 
 
-def _map_inside(mixer: Mixer) -> bool:
+def _map_inside(mixer: Mixer, g: Tensor | None) -> bool:
     """Whether features can be made in the op, from queries and keys, so that no tensor of all of them exists."""
     spec = mixer.spec
     own = spec.own_qk and mixer.state_heads != mixer.num_kv_heads  # keys of a state head, not of a key head
     same = spec.key_map == "same" and not own and not spec.dt_gain
-    return same and spec.feature_map in INNER_MAPS and spec.decay not in ("channel", "key")
+    return same and spec.feature_map in INNER_MAPS and (g is None or g.ndim < 4)
 
 
 def finished(mixer: Mixer, out: Tensor) -> Tensor:
@@ -275,14 +269,13 @@ def finished(mixer: Mixer, out: Tensor) -> Tensor:
     return out
 
 
-def share_of(mixer: Mixer, x: Tokens, log_sum: Tensor, denominator: Tensor | None) -> Tensor:
-    """The window's share [N, H, L], float32, from the log of its softmax sum and the linear branch's denominator."""
+def share_of(mixer: Mixer, x: Tokens, log_sum: Tensor) -> Tensor:
+    """The window's share [N, H, L], float32, from the log of its softmax sum."""
     spec = mixer.spec
     if spec.mix == "gate":
         return x.gate(mixer)
     if spec.mix == "mass":  # softmax over all keys would divide its mass in the same way
-        beyond = x.gate(mixer)
-        return torch.sigmoid(log_sum - (beyond if denominator is None else mixer.mass_beyond(beyond, denominator)))
+        return torch.sigmoid(log_sum - x.gate(mixer))
     return torch.full_like(log_sum, spec.window_weight)
 
 
@@ -298,6 +291,4 @@ def _per_state(mixer: Mixer, k: Tensor) -> Tensor:
 
 def _both(found: Any) -> tuple[Tensor, Tensor | None]:
     """What an op gives, with or without a state."""
-    if isinstance(found, tuple):
-        return found if len(found) > 1 else (found[0], None)
-    return found, None
+    return found if isinstance(found, tuple) else (found, None)

@@ -85,8 +85,6 @@ class Mixer(nn.Module):
             # As if all scores were zero: the window's log mass is then about log(3/2 W).
             odds = (1 - spec.window_weight) / spec.window_weight
             self.far_mass = TokenScore(hidden_size, num_heads, math.log(1.5 * spec.window * odds))
-        if spec.matched_mass:
-            self.mass_power = nn.Parameter(torch.empty(num_heads))
         if spec.normaliser == "scale":
             self.linear_scale = nn.Parameter(torch.empty(num_heads))
         if spec.normaliser == "shared":
@@ -113,8 +111,6 @@ class Mixer(nn.Module):
             values["linear_scale"] = torch.ones(self.num_heads)
         if self.spec.normaliser == "norm":
             values["norm_weight"] = torch.ones(self.num_heads, self.head_dim)
-        if self.spec.matched_mass:
-            values["mass_power"] = torch.zeros(self.num_heads)
         return values
 
     @torch.no_grad()
@@ -261,16 +257,13 @@ class Mixer(nn.Module):
         if window is not None and normaliser == "shared":
             total = window * self.window_share(window.dtype)[:, None, None] + linear
             return total / total.sum(-1, keepdim=True)
-        far = linear.sum(-1)
         if normaliser in ("shared", "own"):
-            linear = linear / far.unsqueeze(-1).clamp_min(TINY)
+            linear = linear / linear.sum(-1, keepdim=True).clamp_min(TINY)
         elif normaliser == "scale":
             linear = self._scaled(linear)
         if window is None:
             return linear
         total = window.sum(-1, keepdim=True)
-        if self.spec.matched_mass:
-            gate = self.mass_beyond(gate, far)
         share = self._share(total, largest, gate)
         return share * window / total + (1 - share) * linear
 
@@ -351,8 +344,6 @@ class Mixer(nn.Module):
             gamma = self.window_share(linear.dtype)[:, None, None]
             numerator = gamma * window[0] + linear[..., :-1]
             return numerator / (gamma * window[1] + linear[..., -1:])
-        if window is not None and linear is not None and self.spec.matched_mass:
-            gate = self.mass_beyond(gate, linear[..., -1])
         if linear is not None:
             if normaliser in ("shared", "own"):
                 linear = linear[..., :-1] / linear[..., -1:].clamp_min(TINY)
@@ -369,13 +360,6 @@ class Mixer(nn.Module):
             return softmax
         share = self._share(window[1], window[2], gate)
         return share * softmax + (1 - share) * linear
-
-    def mass_beyond(self, gate: torch.Tensor, denominator: torch.Tensor) -> torch.Tensor:
-        """Log mass of what lies beyond the window, from what the input says of it and the linear branch's denominator.
-
-        All [N, H, L]: m(x) + p_h log(phi(q).z).
-        """
-        return gate + self.mass_power.to(gate.dtype)[:, None] * denominator.clamp_min(TINY).log()
 
     def _share(self, total, largest, gate):  # type: ignore[no-untyped-def]
         """The window's share of the output [N, H, L, 1], from its softmax sum `total` relative to exp(largest)."""

@@ -19,9 +19,9 @@ try:
 except ImportError:  # an exported model without linearize
     pick = decode_step = None  # type: ignore[assignment]
 try:
-    from linearize_kernels.decode import MATCHES, PROJECTS
+    from linearize_kernels.decode import PROJECTS
 except ImportError:  # or with an older one
-    MATCHES = PROJECTS = False
+    PROJECTS = False
 
 if TYPE_CHECKING:
     from .mixer import Mixer
@@ -31,7 +31,6 @@ if TYPE_CHECKING:
 def step_rule(spec: MixerSpec, head_dim: int, state_heads: int, scaling: float, rotated: bool) -> Any:
     """The kernel's rule for a mixer; rotated: whether it is given queries and keys with a rotation to undo."""
     learned = spec.feature_map in LEARNED_MAPS
-    newer: dict[str, Any] = {"matched_mass": True} if spec.matched_mass and MATCHES else {}
     return StepRule(
         feature_map=spec.feature_map,
         key_map=spec.key_map,
@@ -50,7 +49,6 @@ def step_rule(spec: MixerSpec, head_dim: int, state_heads: int, scaling: float, 
         window_weight=float(spec.window_weight),
         scaling=float(scaling),
         state_heads=state_heads,
-        **newer,
     )
 
 
@@ -65,8 +63,6 @@ def step_backend(mixer: Mixer, q: torch.Tensor) -> tuple[str, str | None]:
     reason = unable(step_rule(mixer.spec, mixer.head_dim, mixer.state_heads, mixer.scaling, True), mixer.head_dim)
     if mixer.softcap is not None and mixer.spec.window:
         reason = "a bound on attention scores has no kernel"
-    elif mixer.spec.matched_mass and not MATCHES:
-        reason = "the installed linearize_kernels is older than this mixer"
     elif mixer.record:
         reason = "the mixer records its branches"
     elif torch.is_grad_enabled() and q.requires_grad:
@@ -134,7 +130,6 @@ def step_weights(mixer: Mixer) -> dict[str, torch.Tensor]:
         "window_logit": (mixer, "window_logit"),
         "linear_scale": (mixer, "linear_scale"),
         "norm_weight": (mixer, "norm_weight"),
-        "mass_power": (mixer, "mass_power"),
     }
     for name, module in (("beta", "beta"), ("mix", "mix_gate"), ("mix", "far_mass")):
         if hasattr(mixer, module):

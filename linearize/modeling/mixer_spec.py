@@ -92,9 +92,6 @@ class MixerSpec:
     mix: str = "shared"
     """shared (LoLCATs: one denominator) | sum (Liger: fixed weights) | gate (the window's share is learned per token
     and head) | mass (its share follows from its own softmax mass, set against a learned mass of the rest)."""
-    matched_mass: bool = False
-    """Whether that mass of the rest also follows the linear branch's denominator, which grows where a query finds keys
-    that match it: by a power of it per head, at first zero (needs mix `mass` and normaliser `own`)."""
     coverage: str = "outside"
     """Which keys the linear branch reads: outside (what the window cannot see) | all."""
     window_weight: float = 0.1
@@ -155,8 +152,6 @@ class MixerSpec:
             raise ValueError("mixer.negative_eigenvalues: only the delta rule has them")
         if self.dt_gain and self.decay != "scalar":
             raise ValueError("mixer.dt_gain: needs decay 'scalar'")
-        if self.matched_mass and not (self.mix == "mass" and self.window and self.normaliser == "own"):
-            raise ValueError("mixer.matched_mass: needs mix 'mass', a window, and a denominator of its own (own)")
 
     def _check_window_alone(self) -> None:
         """Without a linear branch nothing may be said about one."""

@@ -49,7 +49,6 @@ WIDE_SPECS = {
     "wide-codes": (
         replace(EVERY["pure"], feature_map="learned_softmax", feature_dim=40, own_qk=True, window=4), 4, 2,
     ),
-    "wide-matched": (replace(EVERY["codes-matched"], window=4), 2, 1),
     "wide-crelu": (
         MixerSpec(feature_map="crelu", feature_dim=33, decay="scalar", dt_gain=True, own_qk=True, normaliser="scale",
                   mix="sum", coverage="all", window=4, sinks=2), 2, 1,

@@ -45,10 +45,7 @@ SERVED = list({spec: name for name, spec in sorted(RECIPES.items(), reverse=True
 ]
 """One recipe of each mixer: lolcats-hybrid has that of lolcats, hybrid that of pure."""
 OTHERS = {
-    **{
-        name: small(MixerSpec(**EXTRA[name]))
-        for name in ("gated-delta-lagged", "delta-mass", "codes-matched", "window-alone")
-    },
+    **{name: small(MixerSpec(**EXTRA[name])) for name in ("gated-delta-lagged", "delta-mass", "window-alone")},
     "delta-lagged-fixed": small(MixerSpec(**EXTRA["gated-delta-lagged"] | {"decay": "fixed", "state_heads": "query"})),
     "softmax-lagged": MixerSpec(feature_map="softmax", window=16, sinks=3),
     "softmax-beside": MixerSpec(feature_map="softmax", normaliser="own", window=16, mix="mass", coverage="all"),

@@ -141,12 +141,6 @@ def test_projections_of_its_own_need_keys_that_stay() -> None:
         load_recipe("lolcats", ["mixer.own_qk=true"])
 
 
-@pytest.mark.parametrize("change", ["mixer.mix=gate", "mixer.normaliser=scale"])
-def test_a_mass_follows_a_denominator_where_both_are(change: str) -> None:
-    with pytest.raises(UsageError, match=r"mixer\.matched_mass: needs mix 'mass', a window, and a denominator"):
-        load_recipe("pure", ["mixer.matched_mass=true", change])
-
-
 def test_direct_construction_is_as_strict() -> None:
     with pytest.raises(UsageError, match=r"align\.tokens"):
         Align(tokens=True)
