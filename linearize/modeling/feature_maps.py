@@ -7,6 +7,7 @@ Shapes: N sequences, H heads, L tokens, D head channels, F outputs of the projec
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import lru_cache
 
 import torch
 import torch.nn.functional as nnf
@@ -83,7 +84,16 @@ def feature_size(name: str, head_dim: int, feature_dim: int | None) -> int:
 def _bases(head_dim: int, width: int) -> torch.Tensor:
     """[D, width]: the identity and, beyond D columns, rotations of it; the same for queries and keys (fixed seeds).
 
-    Zeros in their place would all get the same gradient and never tell each other apart.
+    Zeros in their place would all get the same gradient and never tell each other apart. Not to be written into.
+    """
+    return _bases_on(head_dim, width, torch.empty(0).device)
+
+
+@lru_cache(maxsize=8)
+def _bases_on(head_dim: int, width: int, device: torch.device) -> torch.Tensor:
+    """Made once for all layers: shared out among many threads, products as small as these take long.
+
+    `device`: where tensors are made now, which may be the meta device.
     """
     blocks = [torch.eye(head_dim)]
     for n in range(1, -(-width // head_dim)):

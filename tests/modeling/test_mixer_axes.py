@@ -207,6 +207,25 @@ def test_a_narrow_map_starts_as_the_first_channels() -> None:
     assert torch.equal(start[0], torch.eye(WIDTH)[:, :3])
 
 
+def test_directions_are_computed_once_for_all_layers(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Also after a model was laid out on the meta device, where nothing has a value."""
+    qr, calls = torch.linalg.qr, []
+
+    def counted(matrix: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        calls.append(matrix.device.type)
+        return qr(matrix)
+
+    monkeypatch.setattr(torch.linalg, "qr", counted)
+    width = 7 * WIDTH + 3  # of no other test
+    with torch.device("meta"):
+        FeatureMap("relu", HEADS, WIDTH, width).initial_values()
+    for name in ("relu", "learned_softmax", "relu"):
+        weight = FeatureMap(name, HEADS, WIDTH, width).initial_values()["weight"]
+        weight.fill_(torch.nan)
+    assert torch.isfinite(FeatureMap("relu", HEADS, WIDTH, width).initial_values()["weight"]).all()
+    assert calls.count("cpu") <= 7
+
+
 def test_the_delta_rule_reads_and_writes_unit_features() -> None:
     x = tokens(20)
     for name in ("linear", "crelu", "identity", "l2norm"):
