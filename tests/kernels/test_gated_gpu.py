@@ -32,7 +32,7 @@ def made(decay: str, heads: tuple[int, int, int], length: int, features: int, va
     }
 
 
-def torch_low(q, k, v, log_decay, norm: bool) -> torch.Tensor:
+def torch_low(q, k, v, log_decay, norm: bool, chunk: int = 64) -> torch.Tensor:
     """The definition with products in bfloat16 and decays in float32, as the kernels have them."""
     states = k.shape[1]
     v = v.repeat_interleave(states // v.shape[1], dim=1)
@@ -40,7 +40,7 @@ def torch_low(q, k, v, log_decay, norm: bool) -> torch.Tensor:
     if log_decay is not None and log_decay.ndim == 1:
         log_decay = log_decay[:, None].expand(q.shape[0], -1, q.shape[2])
     with torch.autocast(q.device.type, torch.bfloat16):
-        out, _ = chunk_linear(q.unflatten(1, (states, -1)), k, v, log_decay=log_decay)
+        out, _ = chunk_linear(q.unflatten(1, (states, -1)), k, v, log_decay=log_decay, chunk=chunk)
     out = out.flatten(1, 2)
     return out[..., :-1] / out[..., -1:] if norm else out
 
@@ -54,16 +54,18 @@ def results(run, x: dict, weight: torch.Tensor) -> list[torch.Tensor]:
     return [t.detach().double() for t in (out, *gradients)]
 
 
-def assert_as_good(x: dict, weight: torch.Tensor, exact, ours, low) -> None:
-    """Each result of `ours` is at most twice as far from `exact` as that of `low`."""
+def assert_as_good(x: dict, weight: torch.Tensor, exact, ours, *lows) -> None:
+    """Each result of `ours` is at most twice as far from `exact` as those of `lows` are in the mean of squares."""
     single = ("log_decay",)
     rounded = {n: t if t is None or n in single else t.cuda().bfloat16() for n, t in x.items()}
     rounded = {n: None if t is None else t.cuda() for n, t in rounded.items()}
     weight = weight.cuda().bfloat16()
     right = results(exact, {n: None if t is None else t.double() for n, t in rounded.items()}, weight)
     names = ["out", *(f"d{n}" for n, t in x.items() if t is not None)]
-    for name, r, a, b in zip(names, right, results(ours, rounded, weight), results(low, rounded, weight)):
-        error, bound = (float((t - r).norm() / r.norm()) for t in (a, b))
+    theirs = zip(*(results(low, rounded, weight) for low in lows))
+    for name, r, a, others in zip(names, right, results(ours, rounded, weight), theirs):
+        error, *bounds = (float((t - r).norm() / r.norm()) for t in (a, *others))
+        bound = (sum(b * b for b in bounds) / len(bounds)) ** 0.5
         assert error <= max(2 * bound, FLOOR), f"{name}: {error:.1e} against {bound:.1e} of torch"
 
 
@@ -71,8 +73,7 @@ def assert_as_good(x: dict, weight: torch.Tensor, exact, ours, low) -> None:
 @pytest.mark.parametrize("decay", ["none", "fixed", "scalar", "channel"])
 @pytest.mark.parametrize(
     ("heads", "length", "features", "values"),
-    # The last two have many heads: a fixed decay has one gradient a head, and of two numbers luck decides. From 32
-    # states on, those of a decay per channel are scanned with their outputs.
+    # From 32 states on, those of a decay per channel are scanned with their outputs.
     [
         ((4, 4, 2), 333, 128, 128),
         ((4, 2, 1), 130, 64, 64),
@@ -85,12 +86,14 @@ def test_bfloat16_is_as_good_as_torchs(heads, length, features, values, decay, n
     x = made(decay, heads, length, features, values, norm)
     weight = torch.randn(2, heads[0], length, values, generator=torch.Generator().manual_seed(1))
     kind = "own" if norm else "none"
+    # A fixed decay has one gradient a head, and of two numbers luck decides: torch rounds them in several ways.
+    chunks = (16, 32, 64, 128) if decay == "fixed" else (64,)
     assert_as_good(
         x,
         weight,
         lambda **t: gated_linear(**t, normaliser=kind, backend="torch"),
         lambda **t: gated_linear(**t, normaliser=kind, backend="triton"),
-        lambda **t: torch_low(**t, norm=norm),
+        *(lambda chunk=chunk, **t: torch_low(**t, norm=norm, chunk=chunk) for chunk in chunks),
     )
 
 
