@@ -172,7 +172,9 @@ def _row(
         recipe = scale(recipe, budget, teacher=teacher)
     except UsageError as error:
         raise UsageError(f"row {name}: {error.message}", error.hint) from None
-    return Row(kind=kind, name=Path(name).stem, seed=seed, recipe=recipe.as_dict())
+    if kind == "recipe":
+        name = Path(name).stem  # it may be a file; a variant's name keeps its dots
+    return Row(kind=kind, name=name, seed=seed, recipe=recipe.as_dict())
 
 
 def reseeded(row: Row, seed: int) -> Row:

@@ -104,7 +104,8 @@ def test_variants_change_a_recipe_after_the_overrides_of_the_command(tmp_path: P
 
 def test_the_shipped_ablations_are_rows(root: Path) -> None:
     made = rows_of(variants=read_variants(root / "benchmarks" / "ablations.yaml"))
-    assert len({row.digest for row in made}) == len(made) > 3
+    assert len({row.digest for row in made}) == len({row.key for row in made}) == len(made) > 3
+    assert {"pure-window-dropout-finetune-0.05", "pure-window-dropout-finetune-0.1"} <= {row.name for row in made}
 
 
 def test_leaders_are_the_best_of_the_pure_and_of_the_hybrid() -> None:
