@@ -38,6 +38,7 @@ from linearize.convert.capture import captured
 from linearize.convert.checkpoint import Checkpoint, Run
 from linearize.convert.export import cast
 from linearize.convert.inputs import Inputs
+from linearize.convert.norms import in_one_launch
 from linearize.convert.optim import autocast, fast_products
 from linearize.convert.preflight import preflight
 from linearize.convert.replay import VARIABLE
@@ -260,13 +261,14 @@ def _align(work: Work, index: int, teacher: Any, student: Any) -> None:
 
 
 def _advance(work: Work, index: int, teacher: Any) -> None:
-    """Pass all windows through the layer, in the precision in which they are read there."""
+    """Pass all windows through the layer, in the precision and by the kernels of the stage that reads them there."""
     for stream in work.streams:
         mixed = stream is work.align
         with (
             torch.no_grad(),
             autocast(work.inputs.device) if mixed else nullcontext(),
             fast_products() if mixed else nullcontext(),
+            in_one_launch(teacher) if mixed else nullcontext(),
             captured(teacher, [], lambda layer: None),
         ):
             read = partial(stream.read, index)

@@ -14,7 +14,7 @@ import pytest
 import torch
 
 from linearize.artifacts.weights import INDEX, list_shards
-from linearize.convert import pipeline, stream, stream_convert, stream_run
+from linearize.convert import norms, pipeline, stream, stream_convert, stream_run
 from linearize.convert.early import run_folder
 from linearize.convert.pipeline import convert
 from linearize.convert.stream_states import Stream
@@ -279,6 +279,21 @@ def test_memory_does_not_grow_with_the_layers(
     _, fewer, more, whole = json.loads(done.stdout)
     assert more - fewer < layer
     assert whole - more > 6 * layer  # so that the line above could fail
+
+
+def test_norms_are_those_of_the_ordinary_way(text_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """In alignment they are one kernel each on a GPU, which rounds otherwise: so must they be between layers."""
+
+    def exact(x: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:
+        return torch.nn.functional.rms_norm(x.double(), weight.shape, weight.double(), eps).float()
+
+    monkeypatch.setattr(norms, "_fast", lambda weight: True)
+    monkeypatch.setattr(norms, "_norm", exact)
+    teacher = save(tmp_path / "teacher", "llama", num_hidden_layers=3)
+    common = {"recipe": "lolcats", "data": str(text_file), "overrides": [*SMALL, "align.tokens=512"]}
+    for way in ("whole", "streamed"):
+        convert(teacher, tmp_path / way, stream=way == "streamed", **common)
+    same(tmp_path / "streamed", tmp_path / "whole")
 
 
 @pytest.mark.gpu
