@@ -101,7 +101,7 @@ def test_the_papers_mixers() -> None:
         "liger-hgrn2": {"decay": "key", "decay_power": 1.0, "key_map": "forget", "mix": "sum"},
         "retention": {"decay": "fixed", "normaliser": "norm", "window": 0},
         "mamba2": {"decay": "scalar", "dt_gain": True, "window": 0},
-        "pure": {"feature_map": "learned_softmax", "normaliser": "own", "mix": "mass", "coverage": "all", "sinks": 4},
+        "pure": {"feature_map": "learned_softmax", "normaliser": "own", "mix": "mass", "coverage": "all", "sinks": 0},
         "hybrid": {"feature_map": "hedgehog_exp", "normaliser": "own", "mix": "mass", "state_heads": "kv"},
         "sliding-window": {"write": "none", "window": 64, "sinks": 4},
         "gated-deltanet": {"decay": "scalar", "write": "delta", "feature_map": "l2norm", "window": 0},
