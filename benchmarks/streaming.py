@@ -72,19 +72,29 @@ that torch had allocated on the GPU, into the file of the first."""
 
 
 def make_teacher(
-    folder: Path, *, layers: int, hidden: int, heads: int, kv_heads: int, intermediate: int, device: str = "cpu"
+    folder: Path,
+    *,
+    layers: int,
+    hidden: int,
+    heads: int,
+    kv_heads: int,
+    intermediate: int,
+    vocab: int | None = None,
+    device: str = "cpu",
 ) -> int:
     """Write a Llama of random bfloat16 weights into `folder`, a tensor at a time; its bytes.
 
     Scales are those of transformers' initialisation, so that activations stay finite through any number of layers.
-    `device` draws the numbers: a GPU is done with billions of them in no time.
+    `device` draws the numbers: a GPU is done with billions of them in no time. `vocab`: rows of the embedding, no fewer
+    than the demo's tokenizer has, whose they are by default.
     """
     from transformers import LlamaConfig, LlamaForCausalLM
 
     demo = resolve("demo")
     known = json.loads((demo / "config.json").read_text())
     config = LlamaConfig(
-        **{key: known[key] for key in ("vocab_size", "bos_token_id", "eos_token_id", "pad_token_id") if key in known},
+        vocab_size=vocab or known["vocab_size"],
+        **{key: known[key] for key in ("bos_token_id", "eos_token_id", "pad_token_id") if key in known},
         num_hidden_layers=layers,
         hidden_size=hidden,
         num_attention_heads=heads,
