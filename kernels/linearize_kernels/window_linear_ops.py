@@ -9,13 +9,14 @@ from typing import Any
 
 import torch
 
+from . import window_linear_backward as backwards
 from . import window_linear_launch as launch
 from . import window_linear_tuning as tuning
 from .compiled import found_for
 from .tuning import capability
+from .window_linear_inputs import LN2, Inputs, segments_of
 from .window_linear_plan import PROJECTED, Plan
 
-LN2 = launch.LN2
 Maybe = torch.Tensor | None
 GIVEN = ("q", "k", "v", "q_weight", "k_weight", "q_bias", "k_bias", "fq", "fk", "near", "sink_k", "sink_v")
 """Inputs that have gradients, in the order of the op's arguments."""
@@ -49,7 +50,7 @@ def _dense(x: torch.Tensor) -> torch.Tensor:
 
 def _inputs(
     plan: Plan, tensors: dict[str, Maybe], first: Maybe, sequences: Maybe, blocks: Maybe, *gradients: Maybe
-) -> launch.Inputs:
+) -> Inputs:
     def kept(name: str, dtype: torch.dtype | None = None, whole: bool = False) -> Maybe:
         x = tensors[name]
         if x is None:
@@ -70,7 +71,7 @@ def _inputs(
         "near": None if near is None else near.float(), "sink_k": kept("sink_k"), "sink_v": kept("sink_v"),
         "first": first, "sequences": sequences, "blocks": blocks,
     }  # fmt: skip
-    return launch.Inputs(**own, found=found_for(plan, *own.values(), *gradients))
+    return Inputs(**own, found=found_for(plan, *own.values(), *gradients))
 
 
 def forward(
@@ -113,7 +114,7 @@ def _(q, k, v, q_weight, k_weight, q_bias, k_bias, fq, fk, near, sink_k, sink_v,
     final = (count, state_heads, plan.features, channels + 1) if last and map != "none" else (0,)
     tiles: tuple[int, ...] = (0,)
     if keep and map != "none":
-        segments, _each = launch.segments_of(plan, q.device, q.dtype, count)
+        segments, _each = segments_of(plan, q.device, q.dtype, count)
         tiles = (every + count * segments * (segments > 1), state_heads, plan.parts, channels, plan.tile)
     return (
         q.new_empty((batch, tokens, heads, channels)).transpose(1, 2),
@@ -144,27 +145,27 @@ def backward(
     if map != "none":
         if not states.numel():
             states, masses, _, _ = launch.scan(plan, x)
-        rows = launch.query_maps(plan, x, states, masses, grad, out, peak, total, alone=maps_only)
+        rows = backwards.query_maps(plan, x, states, masses, grad, out, peak, total, alone=maps_only)
         del states, masses
         d_states, d_masses, _, _ = launch.scan(plan, x, grad=grad, row_scale=rows["scale"], row_mass=rows["mass"])
         if plan.lag == 2:
             fused = tuning.window_linear_fused_values(capability(q.device), plan.channels)
             values = fused and not maps_only
-            key_dy, dv = launch.far_keys(plan, x, d_states, d_masses, values=values)
+            key_dy, dv = backwards.far_keys(plan, x, d_states, d_masses, values=values)
         else:
-            key_dy = launch.key_maps(plan, x, d_states, d_masses, grad, rows)
+            key_dy = backwards.key_maps(plan, x, d_states, d_masses, grad, rows)
         if map == "precomputed":
             found |= {"fq": rows["dy"], "fk": key_dy}
         elif map in PROJECTED:
-            found["q_weight"], q_sum = launch.weight_grads(plan, x, x.xq, rows["dy"], q_bias)
-            found["k_weight"], k_sum = launch.weight_grads(plan, x, x.xk, key_dy, k_bias)
+            found["q_weight"], q_sum = backwards.weight_grads(plan, x, x.xq, rows["dy"], q_bias)
+            found["k_weight"], k_sum = backwards.weight_grads(plan, x, x.xk, key_dy, k_bias)
             found |= {name: y for name, y in (("q_bias", q_sum), ("k_bias", k_sum)) if y is not None}
     if not maps_only:
-        scaled = None if d_peak is None else (d_peak / launch.LN2).contiguous()
-        found["q"], rows = launch.query_pairs(plan, x, grad, peak, scaled, rows)
-        found["k"], found["v"] = launch.key_pairs(plan, x, grad, d_states, key_dy, rows, dv)
+        scaled = None if d_peak is None else (d_peak / LN2).contiguous()
+        found["q"], rows = backwards.query_pairs(plan, x, grad, peak, scaled, rows)
+        found["k"], found["v"] = backwards.key_pairs(plan, x, grad, d_states, key_dy, rows, dv)
         if sinks and sink_k is not None:
-            found["sink_k"], found["sink_v"] = launch.sink_pairs(plan, x, grad, rows)
+            found["sink_k"], found["sink_v"] = backwards.sink_pairs(plan, x, grad, rows)
     if near is not None and map != "none" and window:
         found["near"] = _near_grad(plan, near, rows, maps_only, x.sequences is not None)
     tensors = dict(zip(GIVEN, _given(locals())))
