@@ -1,12 +1,15 @@
 """The definition: every weight of every pair, written out. Quadratic; for tests, audits and weight transfer.
 
-Nothing here is shared with the chunked path but the mask of the window, so that each checks the other.
+Nothing here is shared with the chunked path but the mask of the window and the bound on its scores, so that each
+checks the other.
 Shapes: N sequences, S state heads, R query heads per state head, T tokens, F features.
 """
 
 from __future__ import annotations
 
 import torch
+
+from .window import bounded
 
 
 def linear_weights(
@@ -56,17 +59,18 @@ def pair_weights(q: torch.Tensor, k: torch.Tensor, log_decay: torch.Tensor | Non
 
 
 def window_weights(
-    q: torch.Tensor, k: torch.Tensor, *, scale: float, seen: torch.Tensor
+    q: torch.Tensor, k: torch.Tensor, *, scale: float, seen: torch.Tensor, softcap: float | None = None
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Softmax over the pairs in `seen` [T, T], unnormalised.
 
     Args:
         q: [N, K, R, T, D]; k: [N, K, T, D].
+        softcap: the bound on the scores, or None.
 
     Returns:
         exp(s_ij - max_j s_ij) [N, K, R, T, T], 0 elsewhere, and the largest score of each row [N, K, R, T, 1].
     """
-    scores = torch.einsum("nkrid,nkjd->nkrij", q, k) * scale
+    scores = bounded(torch.einsum("nkrid,nkjd->nkrij", q, k) * scale, softcap)
     scores = scores.masked_fill(~seen, float("-inf"))
     largest = scores.amax(dim=-1, keepdim=True)
     return (scores - largest).exp(), largest

@@ -7,6 +7,8 @@ from __future__ import annotations
 
 import torch
 
+from .window import bounded
+
 
 def step_linear(
     state: torch.Tensor, k: torch.Tensor, v: torch.Tensor, *, log_decay: torch.Tensor | None, in_place: bool = False
@@ -35,17 +37,18 @@ def step_delta(
 
 
 def step_window(
-    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, seen: torch.Tensor, *, scale: float
+    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, seen: torch.Tensor, *, scale: float, softcap: float | None = None
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """Softmax of one query over the stored keys, unnormalised as in window.py.
 
     Args:
         q: [B, K, R, D]; k, v: [B, K, M, D]; seen: which of the M stored keys count, [B, M] bool.
+        softcap: the bound on the scores, or None.
 
     Returns:
         numerator [B, K, R, D], denominator [B, K, R, 1], largest score [B, K, R, 1].
     """
-    scores = torch.einsum("bkrd,bkmd->bkrm", q, k) * scale
+    scores = bounded(torch.einsum("bkrd,bkmd->bkrm", q, k) * scale, softcap)
     scores = scores.masked_fill(~seen[:, None, None], float("-inf"))
     largest = scores.amax(dim=-1, keepdim=True)
     weights = (scores - largest).exp()

@@ -21,6 +21,11 @@ def block_window_mask(length: int, window: int, sinks: int, device: torch.device
     return (j <= i) & ((i // window - j // window <= 1) | (j < sinks))
 
 
+def bounded(scores: torch.Tensor, softcap: float | None) -> torch.Tensor:
+    """c tanh(s / c), a bound on attention scores (Gemma 2, arXiv 2408.00118, 2.3); None: the scores as they are."""
+    return scores if softcap is None else (scores / softcap).tanh() * softcap
+
+
 def chunk_window(
     q: torch.Tensor,
     k: torch.Tensor,
@@ -28,6 +33,7 @@ def chunk_window(
     *,
     window: int,
     scale: float,
+    softcap: float | None = None,
     sink_k: torch.Tensor | None = None,
     sink_v: torch.Tensor | None = None,
     first_block: torch.Tensor | int = 0,
@@ -39,6 +45,7 @@ def chunk_window(
         k, v: keys and values [N, K, L, D].
         window: W.
         scale: factor of the scores, usually D^-0.5.
+        softcap: c, the bound on the scores, or None.
         sink_k, sink_v: the first tokens of each sequence [N, K, Z, D], or None.
         first_block: number of the block at index 0, an int or [N].
 
@@ -50,7 +57,7 @@ def chunk_window(
     q_b, k_b, v_b = split_chunks(q, 3, window), split_chunks(k, 2, window), split_chunks(v, 2, window)
     blocks = k_b.shape[2]
     k_pair, v_pair = (torch.cat((_previous(x), x), dim=3) for x in (k_b, v_b))  # [N, K, B, 2W, D]
-    scores = torch.einsum("nkrbid,nkbjd->nkrbij", q_b, k_pair) * scale
+    scores = bounded(torch.einsum("nkrbid,nkbjd->nkrbij", q_b, k_pair) * scale, softcap)
 
     i = torch.arange(window, device=q.device).unsqueeze(1)
     j = torch.arange(2 * window, device=q.device).unsqueeze(0) - window
@@ -59,7 +66,7 @@ def chunk_window(
     scores = scores.masked_fill(~seen, float("-inf"))
 
     if sink_k is not None and sink_v is not None:
-        sink_scores = torch.einsum("nkrbid,nkzd->nkrbiz", q_b, sink_k) * scale
+        sink_scores = bounded(torch.einsum("nkrbid,nkzd->nkrbiz", q_b, sink_k) * scale, softcap)
         first = first_block.reshape(-1, 1, 1) if isinstance(first_block, torch.Tensor) else first_block
         block = first + torch.arange(blocks, device=q.device).reshape(1, -1, 1)
         sink_block = torch.arange(sink_k.shape[2], device=q.device).reshape(1, 1, -1) // window

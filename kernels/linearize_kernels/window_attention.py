@@ -24,6 +24,7 @@ def window_attention(
     window: int,
     scale: float,
     sinks: int = 0,
+    softcap: float | None = None,
     cu_seqlens: Maybe = None,
     starts: Maybe = None,
     backend: str = "auto",
@@ -35,6 +36,7 @@ def window_attention(
         window: W > 0, tokens of a block.
         scale: factor of the scores, usually D^-0.5.
         sinks: the first tokens of a sequence that every query sees; at most W.
+        softcap: c, a bound: scores become c tanh(s / c) (Gemma 2); None: none.
         cu_seqlens: [N + 1], where packed sequences begin and end; B is then 1.
         starts: [B], the first real token of left-padded rows; padding gives zeros.
         backend: auto | torch | triton.
@@ -50,22 +52,22 @@ def window_attention(
     plan = Plan(
         batch=q.shape[0], tokens=q.shape[2], heads=q.shape[1], key_heads=k.shape[1], state_heads=q.shape[1],
         channels=q.shape[3], width=0, map="none", window=window, lag=2, mix="sum", own=False, scale=scale,
-        window_weight=1.0, sinks=sinks,
+        window_weight=1.0, sinks=sinks, softcap=softcap,
     )  # fmt: skip
     if pick(backend, q, k, v, unable=plan.unable(q.dtype, k.dtype, v.dtype)) == "torch":
-        return _torch(q, k, v, window, scale, sinks, cu_seqlens, starts)
+        return _torch(q, k, v, window, scale, sinks, softcap, cu_seqlens, starts)
     from .window_linear_ops import LN2, window_linear_call
 
     sequences, blocks = tables_of(q, window, cu_seqlens, starts)
     sink_k, sink_v = (first_tokens(x, sinks, sequences) if sinks else None for x in (k, v))
     out, peak, *_ = window_linear_call(
         q, k, v, None, None, None, None, None, None, None, sink_k, sink_v, None, sequences, blocks,
-        q.shape[1], "none", window, 2, "sum", False, float(scale), 1.0, sinks, False, False, False,
+        q.shape[1], "none", window, 2, "sum", False, float(scale), 1.0, sinks, softcap, False, False, False,
     )  # fmt: skip
     return out, peak * LN2
 
 
-def _torch(q, k, v, window, scale, sinks, cu_seqlens, starts):  # type: ignore[no-untyped-def]
+def _torch(q, k, v, window, scale, sinks, softcap, cu_seqlens, starts):  # type: ignore[no-untyped-def]
     """Sequence by sequence, in float32 (float64 stays)."""
     out = q.new_zeros(q.shape)
     precise = torch.float64 if q.dtype == torch.float64 else torch.float32
@@ -76,7 +78,9 @@ def _torch(q, k, v, window, scale, sinks, cu_seqlens, starts):  # type: ignore[n
         grouped = q_own.unflatten(1, (k.shape[1], -1))
         top, below, largest = (
             x.flatten(1, 2)
-            for x in chunk_window(grouped, k_own, v_own, window=window, scale=scale, sink_k=sink[0], sink_v=sink[1])
+            for x in chunk_window(
+                grouped, k_own, v_own, window=window, scale=scale, softcap=softcap, sink_k=sink[0], sink_v=sink[1]
+            )
         )
         out[row, :, a:b] = (top / below).to(q.dtype)
         mass[row, :, a:b] = (below.log() + largest).squeeze(-1)

@@ -61,6 +61,7 @@ def window_linear(
     gate: Maybe = None,
     mass: Maybe = None,
     sinks: int = 0,
+    softcap: float | None = None,
     cu_seqlens: Maybe = None,
     starts: Maybe = None,
     state: Maybe = None,
@@ -84,6 +85,7 @@ def window_linear(
         window_weight: the window's share, for mix `sum`.
         gate: the window's share [B, H, T] float32; mass: the log mass of the rest [B, H, T] float32.
         sinks: the first tokens of a sequence that stay in the softmax; at most W.
+        softcap: c, a bound on the window's scores, which become c tanh(s / c) (Gemma 2); None: none.
         cu_seqlens: [N + 1], where packed sequences begin and end; B is then 1.
         starts: [B], the first real token of left-padded rows; padding gives zeros.
         state: the linear branch's state before the first token [N, S, F, D + 1] float32, mass in the last column.
@@ -98,7 +100,7 @@ def window_linear(
         ValueError: arguments contradict each other, or triton was asked for and cannot serve.
     """
     if window == 0:
-        coverage, mix = "all", "sum"
+        coverage, mix, softcap = "all", "sum", None
     if k.shape != v.shape or q.shape[0] != k.shape[0] or q.shape[2:] != k.shape[2:] or q.shape[1] % k.shape[1]:
         raise ValueError(f"q {tuple(q.shape)}, k {tuple(k.shape)} and v {tuple(v.shape)} do not belong together")
     _check(map, mix, normaliser, coverage, train, q_weight, k_weight, fq, fk, gamma, gate, mass, cu_seqlens, starts, q)
@@ -119,7 +121,7 @@ def window_linear(
     plan = Plan(
         batch=q.shape[0], tokens=q.shape[2], heads=q.shape[1], key_heads=k.shape[1], state_heads=state_heads,
         channels=q.shape[3], width=width.shape[-1], map=map, window=window, lag=lag, mix=mix, own=own, scale=scale,
-        window_weight=window_weight, sinks=sinks,
+        window_weight=window_weight, sinks=sinks, softcap=softcap,
     )  # fmt: skip
     unable = plan.unable(q.dtype, k.dtype, v.dtype)
     if state is not None and state.requires_grad:
@@ -130,7 +132,7 @@ def window_linear(
     if pick(backend, q, k, v, unable=unable) == "torch":
         out, final = _torch(
             q, k, v, map, q_weight, k_weight, q_bias, k_bias, fq, fk, window, scale, mix, own, lag, near,
-            window_weight, sinks, cu_seqlens, starts, state, state_heads,
+            window_weight, sinks, softcap, cu_seqlens, starts, state, state_heads,
         )  # fmt: skip
         return (out, final.detach()) if return_state else out
     from .window_linear_ops import window_linear_call
@@ -144,7 +146,7 @@ def window_linear(
     found = window_linear_call(
         q, k, v, q_weight, k_weight, q_bias, k_bias, fq, fk, near, sink_k, sink_v, state, sequences, blocks,
         state_heads, map, window, lag, mix, own, float(scale), float(window_weight), sinks if window else 0,
-        return_state, wanted, maps_only,
+        softcap, return_state, wanted, maps_only,
     )  # fmt: skip
     return (found[0], found[3]) if return_state else found[0]
 
@@ -196,7 +198,7 @@ def first_tokens(x: torch.Tensor, sinks: int, sequences: Maybe) -> torch.Tensor:
 
 
 def _torch(q, k, v, map, q_weight, k_weight, q_bias, k_bias, fq, fk, window, scale, mix, own, lag, near, window_weight,
-           sinks, cu_seqlens, starts, state, state_heads):  # type: ignore[no-untyped-def]  # fmt: skip
+           sinks, softcap, cu_seqlens, starts, state, state_heads):  # type: ignore[no-untyped-def]  # fmt: skip
     """The reference: sequence by sequence, in float32 (float64 stays)."""
     out, states = torch.zeros_like(q), []
     for index, (row, a, b) in enumerate(spans_of(q.shape[0], q.shape[2], cu_seqlens, starts)):
@@ -206,7 +208,8 @@ def _torch(q, k, v, map, q_weight, k_weight, q_bias, k_bias, fq, fk, window, sca
         made, final = _sequence(
             q_own, k_own, v_own, map, q_weight, k_weight,
             q_bias, k_bias, None if fq is None else fq[cut], None if fk is None else fk[cut], window, scale, mix, own,
-            lag, near if near is None or near.ndim == 1 else near[cut], window_weight, sinks, first, state_heads,
+            lag, near if near is None or near.ndim == 1 else near[cut], window_weight, sinks, softcap, first,
+            state_heads,
         )  # fmt: skip
         states.append(final)
         out[cut] = made.to(q.dtype)
@@ -214,7 +217,7 @@ def _torch(q, k, v, map, q_weight, k_weight, q_bias, k_bias, fq, fk, window, sca
 
 
 def _sequence(q, k, v, map, q_weight, k_weight, q_bias, k_bias, fq, fk, window, scale, mix, own, lag, near,
-              window_weight, sinks, state, state_heads):  # type: ignore[no-untyped-def]  # fmt: skip
+              window_weight, sinks, softcap, state, state_heads):  # type: ignore[no-untyped-def]  # fmt: skip
     """Sequences of one length, from their start: out [N, H, L, D] and the final state."""
     key_heads, tokens = k.shape[1], q.shape[2]
     chunk = window or CHUNK
@@ -236,7 +239,7 @@ def _sequence(q, k, v, map, q_weight, k_weight, q_bias, k_bias, fq, fk, window, 
     if window:
         sink = (k[:, :, :sinks], v[:, :, :sinks]) if sinks else (None, None)
         grouped = q.unflatten(1, (key_heads, -1))
-        found = chunk_window(grouped, k, v, window=window, scale=scale, sink_k=sink[0], sink_v=sink[1])
+        found = chunk_window(grouped, k, v, window=window, scale=scale, softcap=softcap, sink_k=sink[0], sink_v=sink[1])
         above, below, largest = (x.flatten(1, 2) for x in found)
         if mix == "shared":
             gamma = near.to(q.dtype)[:, None, None]

@@ -10,6 +10,7 @@ from .window_linear_far_triton import far_keys_kernel
 from .window_linear_inputs import (
     Inputs,
     Maybe,
+    bound,
     cut_of,
     even,
     features_of,
@@ -125,7 +126,7 @@ def query_pairs(
     rows.setdefault("shift", empty(shape, dtype=torch.float32, device=device))
     if plan.mix != "sum" and plan.map != "none" and plan.window:
         rows["far"] = gradient(plan, x, shape, torch.float32)
-    table = tuned(plan, x.q, "queries")
+    table = tuned(plan, x.q, "queries", bounded=plan.softcap is not None)
     slices = -(-plan.channels // table["BN"])
     codes = {name: value for name, value in features_of(plan).items() if name != "PARTS"}
     team = team_of(plan, x, plan.heads // plan.key_heads)
@@ -138,7 +139,8 @@ def query_pairs(
     ), {
         **sizes(plan), **codes, "WINDOW": plan.window > 0, "MIX": MIX_CODES[plan.mix],
         "KEYS": plan.heads // plan.key_heads, "BZ": cover(plan.sinks) if plan.sinks else 0,
-        "TEAM": team, "EVEN": even(plan, x) and plan.mix != "shared", "TABLE": x.blocks is not None, **table,
+        "TEAM": team, "BOUND": bound(plan), "EVEN": even(plan, x) and plan.mix != "shared" and plan.softcap is None,
+        "TABLE": x.blocks is not None, **table,
     })  # fmt: skip
     if plan.mix == "shared" and "far" in rows:
         rows["row"] = rows["far"]
@@ -166,7 +168,7 @@ def key_pairs(
                 x.blocks, *strides(x.k), *strides(x.xq), *strides(x.xk), *strides(grad), *ends, *cut, plan.key_heads,
                 plan.sinks if plan.lag == 2 else 0,
             ), {**shared, **codes, "LAG": plan.lag, "CUT": cut[1] > 1, **table})  # fmt: skip
-    table = tuned(plan, x.q, "keys", even=even(plan, x))
+    table = tuned(plan, x.q, "keys", even=even(plan, x), bounded=plan.softcap is not None)
     slices = -(-plan.channels // table["BN"])
     start(x.found, key_pairs_kernel, grid_blocks(plan, x) * plan.key_heads * slices, (
         x.q, x.k, x.v, grad, made, x.k_weight,
@@ -175,7 +177,7 @@ def key_pairs(
         plan.scale * LOG2E.value,
     ), {
         **shared, **{name: codes[name] for name in ("F", "BF", "MAP")}, "WINDOW": plan.window > 0,
-        "MIX": MIX_CODES[plan.mix], "EVEN": even(plan, x), **table,
+        "MIX": MIX_CODES[plan.mix], "BOUND": bound(plan), "EVEN": even(plan, x), **table,
     })  # fmt: skip
     return dk.transpose(1, 2), dv.transpose(1, 2)
 
@@ -190,7 +192,7 @@ def sink_pairs(
     shape = (x.count, pieces, plan.heads, rows_z, plan.channels)
     dk, dv = (empty(shape, dtype=torch.float32, device=x.q.device) for _ in range(2))
     assert x.sink_k is not None
-    table = tuned(plan, x.q, "queries")
+    table = tuned(plan, x.q, "queries", bounded=plan.softcap is not None)
     slices = -(-plan.channels // table["BN"])
     start(x.found, sink_pairs_kernel, x.count * pieces * plan.heads * slices, (
         x.q, grad, x.sink_k, x.sink_v, rows["level"], rows.get("row"), rows["shift"], rows["pick"], dk, dv, x.sequences,
@@ -198,7 +200,8 @@ def sink_pairs(
         plan.tokens, plan.heads, pieces, each, plan.scale * LOG2E.value, plan.sinks,
     ), {
         **sizes(plan), "MAP": MAP_CODES[plan.map], "MIX": MIX_CODES[plan.mix],
-        "KEYS": plan.heads // plan.key_heads, "BZ": rows_z, "TABLE": x.sequences is not None, **table,
+        "KEYS": plan.heads // plan.key_heads, "BZ": rows_z, "BOUND": bound(plan), "TABLE": x.sequences is not None,
+        **table,
     })  # fmt: skip
     summed = (y.sum(1).unflatten(1, (plan.key_heads, -1)).sum(2)[:, :, : plan.sinks] for y in (dk, dv))
     return tuple(summed)  # type: ignore[return-value]

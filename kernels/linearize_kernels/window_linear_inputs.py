@@ -15,7 +15,7 @@ from .backend import empty
 from .compiled import Found
 from .tuning import capability
 from .window_linear_plan import Plan, cover
-from .window_linear_tiles import MAP_CODES
+from .window_linear_tiles import LOG2E, MAP_CODES
 
 LN2 = 0.6931471805599453
 Maybe = torch.Tensor | None
@@ -77,6 +77,11 @@ def features_of(plan: Plan) -> dict[str, int]:
     return {"F": plan.width or 16, "BF": plan.tile, "PARTS": plan.parts, "MAP": MAP_CODES[plan.map]}
 
 
+def bound(plan: Plan) -> float:
+    """BOUND of the kernels, whose scores are in base 2; 0.0: no bound."""
+    return 0.0 if plan.softcap is None else plan.softcap * LOG2E.value
+
+
 def tuned(plan: Plan, x: torch.Tensor, name: str, **more: bool) -> dict[str, int]:
     """This op's row of the tuning table."""
     look_up = getattr(tuning, f"window_linear_{name}")
@@ -87,7 +92,8 @@ def tuned(plan: Plan, x: torch.Tensor, name: str, **more: bool) -> dict[str, int
 def team_of(plan: Plan, x: Inputs, group: int) -> int:
     """Heads of one program, of `group` that read the same keys."""
     programs = grid_blocks(plan, x) * plan.key_heads
-    found: int = tuning.window_linear_team(capability(x.q.device), programs, group, x.q.dtype)
+    bounded = plan.softcap is not None
+    found: int = tuning.window_linear_team(capability(x.q.device), programs, group, x.q.dtype, bounded=bounded)
     return found
 
 

@@ -12,6 +12,7 @@ import triton
 import triton.language as tl
 
 from . import window_linear_tuning as tuning
+from .softcap_triton import GEMMA, bounded
 from .window_linear_tiles import (
     LN2,
     NO_MAP,
@@ -30,6 +31,7 @@ from .window_linear_tiles import (
     project_across,
     store_columns,
     through_map,
+    wide_case,
 )
 
 
@@ -168,11 +170,11 @@ def key_pairs_kernel(
     T, BLOCKS, KEY_HEADS, scale,
     D: tl.constexpr, BD: tl.constexpr, BN: tl.constexpr, F: tl.constexpr, BF: tl.constexpr,
     C: tl.constexpr, BQ: tl.constexpr, MAP: tl.constexpr, WINDOW: tl.constexpr, MIX: tl.constexpr,
-    KEYS: tl.constexpr, STATES: tl.constexpr, EVEN: tl.constexpr, TABLE: tl.constexpr,
+    KEYS: tl.constexpr, STATES: tl.constexpr, BOUND: tl.constexpr, EVEN: tl.constexpr, TABLE: tl.constexpr,
 ):  # fmt: skip
     """One program: a block of one key head, BN channels of dk and dv [B, T, HK, D]; dv has the states' part already.
 
-    EVEN: every sequence has whole blocks.
+    BOUND: as in read_kernel. EVEN: every sequence has whole blocks.
     """
     SLICES: tl.constexpr = (D + BN - 1) // BN
     index = tl.program_id(0)
@@ -217,7 +219,8 @@ def key_pairs_kernel(
             q = load_rows(q_base, q_live, s_qt, D, BD, BQ)
             do = load_rows(do_base, q_live, s_dt, D, BD, BQ)
             level = tl.load(level_ptr + at_row, mask=q_live, other=float("inf"))
-            p = tl.exp2(tl.dot(k, tl.trans(q), input_precision="ieee") * scale - level[None, :])
+            s, slope = bounded(tl.dot(k, tl.trans(q), input_precision="ieee") * scale, BOUND)
+            p = tl.exp2(s - level[None, :])
             p = tl.where(token[:, None] <= after[None, :], p, 0.0)
             got = tl.dot(v, tl.trans(do), input_precision="ieee")
             if BN != BD:
@@ -231,6 +234,8 @@ def key_pairs_kernel(
                 pick = tl.load(pick_ptr + at_row, mask=q_live, other=-1)
                 pick -= (1 - ahead // C) * C
                 p -= tl.where(pick[None, :] == token[:, None], r[None, :], 0.0)
+            if BOUND > 0.0:
+                p *= slope
             dk = tl.dot(p.to(q.dtype), q, dk, input_precision="ieee")
         dk = dk * (scale * LN2)
         store_columns(dv_ptr + at, dv, live, s_gt, first_n, D, BN, C)
@@ -247,9 +252,15 @@ def gate_cases(arch: int = 90):  # type: ignore[no-untyped-def]
     rows = tuning.window_linear_values(arch, 128, 64, 64, torch.bfloat16)
     keys = tuning.window_linear_keys(arch, 128, 64, 64, torch.bfloat16, even=True)
     rough = tuning.window_linear_keys(arch, 128, 64, 64, torch.bfloat16)
+    held = tuning.window_linear_keys(arch, 128, 64, 64, torch.bfloat16, bounded=True)
+    large = tuning.window_linear_keys(arch, 256, 64, 64, torch.bfloat16, bounded=True)
+    gemma = {"EVEN": False, "KEYS": 2, "BOUND": GEMMA}
     return [
         gate_case(key_pairs_kernel, keys, "keys, shared mix"),
         gate_case(key_pairs_kernel, rough, "keys, window alone", MAP=5, MIX=1),
+        gate_case(key_pairs_kernel, held, "keys, bounded, shared mix", **gemma),
+        gate_case(key_pairs_kernel, held, "keys, bounded, window alone", MAP=5, MIX=1, **gemma),
+        *wide_case(arch, key_pairs_kernel, large, **gemma),
         gate_case(value_states_kernel, rows, "values"),
         gate_case(value_states_kernel, rows, "values, a state for four heads", STATES=4),
     ]

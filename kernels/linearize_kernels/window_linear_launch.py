@@ -14,6 +14,7 @@ from .tuning import capability
 from .window_linear_inputs import (
     Inputs,
     Maybe,
+    bound,
     cut_of,
     even,
     features_of,
@@ -106,7 +107,7 @@ def read(plan: Plan, x: Inputs, states: Maybe, masses: Maybe) -> tuple[torch.Ten
         **sizes(plan), **features_of(plan), "LAG": plan.lag, "WINDOW": plan.window > 0, "MIX": MIX_CODES[plan.mix],
         "OWN": plan.own, "KEYS": plan.heads // plan.key_heads, "STATES": plan.heads // plan.state_heads,
         "BZ": cover(plan.sinks) if plan.sinks else 0, "TEAM": team, "CUT": cut[1] > 1,
-        "EVEN": even(plan, x), "TABLE": x.blocks is not None, **table,
+        "BOUND": bound(plan), "EVEN": even(plan, x), "TABLE": x.blocks is not None, **table,
     })  # fmt: skip
     return out.transpose(1, 2), peak, total
 

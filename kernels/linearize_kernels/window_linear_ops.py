@@ -24,7 +24,7 @@ GIVEN = ("q", "k", "v", "q_weight", "k_weight", "q_bias", "k_bias", "fq", "fk", 
 
 def make_plan(
     q: torch.Tensor, k: torch.Tensor, k_weight: Maybe, fk: Maybe, state_heads: int, map: str, window: int, lag: int,
-    mix: str, own: bool, scale: float, window_weight: float, sinks: int,
+    mix: str, own: bool, scale: float, window_weight: float, sinks: int, softcap: float | None,
 ) -> Plan:  # fmt: skip
     """The plan of a call, from the op's arguments."""
     width = 0
@@ -39,7 +39,7 @@ def make_plan(
     return Plan(
         batch=q.shape[0], tokens=q.shape[2], heads=q.shape[1], key_heads=k.shape[1], state_heads=state_heads,
         channels=q.shape[3], width=width, map=map, window=window, lag=lag, mix=mix, own=own, scale=scale,
-        window_weight=window_weight, sinks=sinks,
+        window_weight=window_weight, sinks=sinks, softcap=softcap,
     )  # fmt: skip
 
 
@@ -79,10 +79,11 @@ def forward(
     q_bias: torch.Tensor | None, k_bias: torch.Tensor | None, fq: torch.Tensor | None, fk: torch.Tensor | None,
     near: torch.Tensor | None, sink_k: torch.Tensor | None, sink_v: torch.Tensor | None, first: torch.Tensor | None,
     sequences: torch.Tensor | None, blocks: torch.Tensor | None, state_heads: int, map: str, window: int, lag: int,
-    mix: str, own: bool, scale: float, window_weight: float, sinks: int, last: bool, keep: bool, maps_only: bool,
+    mix: str, own: bool, scale: float, window_weight: float, sinks: int, softcap: float | None,
+    last: bool, keep: bool, maps_only: bool,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:  # fmt: skip
     """out, peak, total, final state, states, masses; empty where they were not asked for (`last`, `keep`)."""
-    plan = make_plan(q, k, k_weight, fk, state_heads, map, window, lag, mix, own, scale, window_weight, sinks)
+    plan = make_plan(q, k, k_weight, fk, state_heads, map, window, lag, mix, own, scale, window_weight, sinks, softcap)
     x = _inputs(plan, dict(zip(GIVEN, _given(locals()))), first, sequences, blocks)
     states = masses = None
     final = q.new_empty(0, dtype=torch.float32)
@@ -105,8 +106,8 @@ window_linear_op = torch.library.custom_op("linearize::window_linear", forward, 
 
 @window_linear_op.register_fake
 def _(q, k, v, q_weight, k_weight, q_bias, k_bias, fq, fk, near, sink_k, sink_v, first, sequences, blocks, state_heads,
-      map, window, lag, mix, own, scale, window_weight, sinks, last, keep, maps_only):  # type: ignore[no-untyped-def]  # fmt: skip
-    plan = make_plan(q, k, k_weight, fk, state_heads, map, window, lag, mix, own, scale, window_weight, sinks)
+      map, window, lag, mix, own, scale, window_weight, sinks, softcap, last, keep, maps_only):  # type: ignore[no-untyped-def]  # fmt: skip
+    plan = make_plan(q, k, k_weight, fk, state_heads, map, window, lag, mix, own, scale, window_weight, sinks, softcap)
     batch, heads, tokens, channels = q.shape
     count = batch if sequences is None else sequences.shape[0]
     every = batch * plan.blocks if blocks is None else blocks.shape[0]
@@ -133,10 +134,11 @@ def backward(
     q_bias: torch.Tensor | None, k_bias: torch.Tensor | None, fq: torch.Tensor | None, fk: torch.Tensor | None,
     near: torch.Tensor | None, sink_k: torch.Tensor | None, sink_v: torch.Tensor | None, first: torch.Tensor | None,
     sequences: torch.Tensor | None, blocks: torch.Tensor | None, state_heads: int, map: str, window: int, lag: int,
-    mix: str, own: bool, scale: float, window_weight: float, sinks: int, maps_only: bool,
+    mix: str, own: bool, scale: float, window_weight: float, sinks: int, softcap: float | None,
+    maps_only: bool,
 ) -> list[torch.Tensor]:  # fmt: skip
     """Gradients of GIVEN, in order; empty where there is none."""
-    plan = make_plan(q, k, k_weight, fk, state_heads, map, window, lag, mix, own, scale, window_weight, sinks)
+    plan = make_plan(q, k, k_weight, fk, state_heads, map, window, lag, mix, own, scale, window_weight, sinks, softcap)
     grad = _dense(grad)
     x = _inputs(plan, dict(zip(GIVEN, _given(locals()))), first, sequences, blocks, grad, d_peak)
     found: dict[str, torch.Tensor] = {}
@@ -190,7 +192,7 @@ window_linear_backward_op = torch.library.custom_op("linearize::window_linear_ba
 @window_linear_backward_op.register_fake
 def _(grad, d_peak, out, peak, total, states, masses, q, k, v, q_weight, k_weight, q_bias, k_bias, fq, fk, near, sink_k,
       sink_v, first, sequences, blocks, state_heads, map, window, lag, mix, own, scale, window_weight, sinks,
-      maps_only):  # type: ignore[no-untyped-def]  # fmt: skip
+      softcap, maps_only):  # type: ignore[no-untyped-def]  # fmt: skip
     tensors = dict(zip(GIVEN, _given(locals())))
     wanted = {"q_weight", "k_weight", "q_bias", "k_bias", "near"} if map in PROJECTED else {"near", "fq", "fk"}
     if map == "none":

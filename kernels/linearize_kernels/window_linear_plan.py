@@ -46,6 +46,8 @@ class Plan:
     scale: float
     window_weight: float
     sinks: int
+    softcap: float | None
+    """The bound on the window's scores."""
 
     @property
     def chunk(self) -> int:
@@ -92,6 +94,8 @@ class Plan:
             return f"{self.sinks} sinks do not fit into a window of {self.window}"
         if self.heads % self.key_heads or self.state_heads not in (self.heads, self.key_heads):
             return f"{self.heads} heads, {self.key_heads} key heads and {self.state_heads} states do not divide"
+        if self.window and self.softcap is not None and self.softcap <= 0:
+            return f"scores are bounded by more than 0, not by {self.softcap}"
         if self.window and self.scale <= 0:
             return f"its scores are scaled by more than 0, not by {self.scale}"
         if dtype == torch.float16 and self.map in ("hedgehog_exp", "relu"):

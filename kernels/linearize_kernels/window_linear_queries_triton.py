@@ -2,7 +2,8 @@
 
     P_ij = a_i exp(s_ij - l_i)      ds_ij = P_ij (do_i.v_j - e_i) - [j is the largest score of i] r_i
 
-e_i is do_i.o_i under the row's denominator; r_i only under a shared one (window_linear_maps_triton.py).
+e_i is do_i.o_i under the row's denominator; r_i only under a shared one (window_linear_maps_triton.py). Where scores
+are bounded (softcap_triton.py), this is the gradient of bounded ones, and s gets it times the slope.
 """
 
 import torch
@@ -10,6 +11,7 @@ import triton
 import triton.language as tl
 
 from . import window_linear_tuning as tuning
+from .softcap_triton import GEMMA, bounded
 from .window_linear_tiles import (
     LN2,
     MASS,
@@ -22,6 +24,7 @@ from .window_linear_tiles import (
     load_rows,
     store_columns,
     through_map,
+    wide_case,
     window_share,
 )
 
@@ -35,6 +38,20 @@ def highest(s, first: tl.constexpr, top, pick):
     return tl.maximum(top, found), tl.where(found > top, place, pick)
 
 
+@triton.jit
+def bounded_pairs(s, got, seen, base, BOUND: tl.constexpr):
+    """Of one tile of scores s without the bound, and do.v: P slope and P slope (do.v); of rows, sums of P and P (do.v).
+
+    Slopes are multiplied in before the rows' sums are known, for registers to keep them in are few.
+    """
+    s, slope = bounded(s, BOUND)
+    p = tl.where(seen, tl.exp2(s - base[:, None]), 0.0)
+    weight = tl.sum(p, 1)
+    gain = tl.sum(p * got, 1)
+    p *= slope
+    return p, p * got, weight, gain
+
+
 @triton.jit(do_not_specialize=["T", "BLOCKS", "sinks"])
 def query_pairs_kernel(
     q_ptr, k_ptr, v_ptr, do_ptr, dy_ptr, q_weight_ptr, near_ptr, sink_k_ptr, sink_v_ptr,
@@ -44,15 +61,18 @@ def query_pairs_kernel(
     T, BLOCKS, HEADS, scale, window_weight, sinks,
     D: tl.constexpr, BD: tl.constexpr, BN: tl.constexpr, F: tl.constexpr, BF: tl.constexpr,
     C: tl.constexpr, MAP: tl.constexpr, WINDOW: tl.constexpr, MIX: tl.constexpr,
-    KEYS: tl.constexpr, BZ: tl.constexpr, TEAM: tl.constexpr, EVEN: tl.constexpr, TABLE: tl.constexpr,
+    KEYS: tl.constexpr, BZ: tl.constexpr, TEAM: tl.constexpr, BOUND: tl.constexpr, EVEN: tl.constexpr,
+    TABLE: tl.constexpr,
 ):  # fmt: skip
     """One program: a block of queries of TEAM heads that share keys, BN channels of dq [B, T, H, D].
 
     Writes level = l - log2 a, and: pick, the place of each row's largest score, from the block before on, and r to far
     (shared); or shift = e and far, the gradient of gate or mass, from row, which is do.o of the linear branch (split).
-    d_peak: gradient of the log-sum-exp (window alone). EVEN: every sequence has whole blocks.
+    d_peak: gradient of the log-sum-exp (window alone). BOUND: as in read_kernel. EVEN: every sequence has
+    whole blocks.
     """
     SLICES: tl.constexpr = (D + BN - 1) // BN
+    ONE: tl.constexpr = MAP != NO_MAP and MIX == SHARED
     index = tl.program_id(0)
     first_n = (index % SLICES) * BN
     index = index // SLICES
@@ -117,7 +137,7 @@ def query_pairs_kernel(
             if BZ > 0:
                 far = tl.dot(q, tl.trans(k_sink), input_precision="ieee") * scale
                 far = tl.where(kept[None, :], far, float("-inf"))
-            if MAP != NO_MAP and MIX == SHARED:
+            if ONE:
                 top = tl.zeros([C], tl.float32) - float("inf")
                 pick = tl.zeros([C], tl.int32)
                 top, pick = highest(own, C, top, pick)
@@ -128,18 +148,38 @@ def query_pairs_kernel(
             do = load_rows(do_ptr + row * s_db + wide * s_dh + first_t * s_dt, live, s_dt, D, BD, C)
             got_own = tl.dot(do, tl.trans(v), input_precision="ieee")
             got_old = tl.dot(do, tl.trans(v_last), input_precision="ieee")
-            base = level if MAP != NO_MAP and MIX == SHARED else peak
-            own = tl.exp2(own - base[:, None])
-            old = tl.exp2(old - base[:, None])
+            base = level if ONE else peak
+            if ONE and BOUND > 0.0:
+                shift = tl.load(shift_ptr + at_row, mask=live, other=0.0)
+                got_own -= shift[:, None]
+                got_old -= shift[:, None]
+            if BOUND > 0.0:
+                own, got_own, weight, gain = bounded_pairs(own, got_own, below, base, BOUND)
+                old, got_old, more, gained = bounded_pairs(old, got_old, before[None, :], base, BOUND)
+                weight += more
+                gain += gained
+            else:
+                own = tl.exp2(own - base[:, None])
+                old = tl.exp2(old - base[:, None])
             if BZ > 0:
                 got_far = tl.dot(do, tl.trans(v_sink), input_precision="ieee")
-                far = tl.exp2(far - base[:, None])
-            if MAP != NO_MAP and MIX == SHARED:
+                if BOUND > 0.0:
+                    if ONE:
+                        got_far -= shift[:, None]
+                    far, got_far, more, gained = bounded_pairs(far, got_far, kept[None, :], base, BOUND)
+                    weight += more
+                    gain += gained
+                else:
+                    far = tl.exp2(far - base[:, None])
+            if ONE:
                 shift = tl.load(shift_ptr + at_row, mask=live, other=0.0)
             else:
-                shift = tl.sum(own * got_own, 1) + tl.sum(old * got_old, 1)
-                if BZ > 0:
-                    shift += tl.sum(far * got_far, 1)
+                if BOUND > 0.0:
+                    shift = gain
+                else:
+                    shift = tl.sum(own * got_own, 1) + tl.sum(old * got_old, 1)
+                    if BZ > 0:
+                        shift += tl.sum(far * got_far, 1)
                 if MAP != NO_MAP:
                     got = shift - tl.load(row_ptr + at_row, mask=live, other=0.0)
                     if MIX == MASS:
@@ -153,29 +193,50 @@ def query_pairs_kernel(
                 if first_n == 0:
                     tl.store(shift_ptr + at_row, shift, mask=live)
 
-            if MAP != NO_MAP and MIX == SHARED:
-                weight = tl.sum(own, 1) + tl.sum(old, 1)
-            elif MAP != NO_MAP:
-                own *= share[:, None]
-                old *= share[:, None]
-            own *= got_own - shift[:, None]
-            old *= got_old - shift[:, None]
-            if BZ > 0:
-                if MAP != NO_MAP and MIX != SHARED:
-                    far *= share[:, None]
-                if MAP != NO_MAP and MIX == SHARED:
-                    weight += tl.sum(far, 1)
-                far *= got_far - shift[:, None]
-            if MAP != NO_MAP and MIX == SHARED:
-                # r is also the sum of ds; each way loses digits where its own branch has nearly all of the weight.
-                direct = tl.sum(own, 1) + tl.sum(old, 1)
+            if BOUND > 0.0 and ONE:
+                own, old = got_own, got_old
                 if BZ > 0:
-                    direct += tl.sum(far, 1)
+                    far = got_far
+            elif BOUND > 0.0:
+                own = got_own - own * shift[:, None]
+                old = got_old - old * shift[:, None]
+                if BZ > 0:
+                    far = got_far - far * shift[:, None]
+                if MAP != NO_MAP:
+                    own *= share[:, None]
+                    old *= share[:, None]
+                    if BZ > 0:
+                        far *= share[:, None]
+            else:
+                if ONE:
+                    weight = tl.sum(own, 1) + tl.sum(old, 1)
+                elif MAP != NO_MAP:
+                    own *= share[:, None]
+                    old *= share[:, None]
+                own *= got_own - shift[:, None]
+                old *= got_old - shift[:, None]
+                if BZ > 0:
+                    if MAP != NO_MAP and MIX != SHARED:
+                        far *= share[:, None]
+                    if ONE:
+                        weight += tl.sum(far, 1)
+                    far *= got_far - shift[:, None]
+            if ONE:
+                # r is also the sum of ds; each way loses digits where its own branch has nearly all of the weight.
+                if BOUND > 0.0:
+                    direct = gain
+                else:
+                    direct = tl.sum(own, 1) + tl.sum(old, 1)
+                    if BZ > 0:
+                        direct += tl.sum(far, 1)
                 r = tl.load(row_ptr + at_row, mask=live, other=0.0)
                 r = tl.where(weight < 0.5, direct, r)
                 if first_n == 0:
                     tl.store(far_ptr + at_row, r, mask=live)
                     tl.store(pick_ptr + at_row, pick, mask=live)
+                if BOUND > 0.0:
+                    _top, slope = bounded(top, BOUND)
+                    r *= slope
                 own -= tl.where(pick[:, None] == C + token[None, :], r[:, None], 0.0)
                 old -= tl.where(pick[:, None] == token[None, :], r[:, None], 0.0)
                 if BZ > 0:
@@ -197,8 +258,14 @@ def gate_cases(arch: int = 90):  # type: ignore[no-untyped-def]
     rows = tuning.window_linear_queries(arch, 128, 64, 64, torch.bfloat16)
     team = tuning.window_linear_team(arch, 4096, 4, torch.bfloat16)
     sinks = ("sink_k_ptr", "sink_v_ptr", "d_peak_ptr")
+    held = tuning.window_linear_queries(arch, 128, 64, 64, torch.bfloat16, bounded=True)
+    large = tuning.window_linear_queries(arch, 256, 64, 64, torch.bfloat16, bounded=True)
+    gemma = {"EVEN": False, "KEYS": 2, "TEAM": 1, "BOUND": GEMMA}
     return [
         gate_case(query_pairs_kernel, rows, "shared mix", absent=sinks, EVEN=False, TEAM=team),
         gate_case(query_pairs_kernel, rows, "mix by mass", absent=sinks, MIX=3, TEAM=team),
         gate_case(query_pairs_kernel, rows, "window alone", absent=sinks[:2], MAP=5, MIX=1, TEAM=team),
+        gate_case(query_pairs_kernel, held, "bounded, shared mix", absent=sinks, **gemma),
+        gate_case(query_pairs_kernel, held, "bounded, window alone", absent=sinks[:2], MAP=5, MIX=1, **gemma),
+        *wide_case(arch, query_pairs_kernel, large, absent=sinks, **gemma),
     ]

@@ -12,6 +12,7 @@ import triton
 import triton.language as tl
 
 from . import window_linear_tuning as tuning
+from .softcap_triton import GEMMA, bounded
 from .window_linear_tiles import (
     NO_MAP,
     PRECOMPUTED,
@@ -29,6 +30,7 @@ from .window_linear_tiles import (
     load_state,
     project,
     project_across,
+    wide_case,
     window_share,
 )
 
@@ -84,19 +86,20 @@ def read_kernel(
     T, BLOCKS, BASE, SEGMENTS, EACH, HEADS, scale, window_weight, sinks,
     D: tl.constexpr, BD: tl.constexpr, BV: tl.constexpr, F: tl.constexpr, BF: tl.constexpr, PARTS: tl.constexpr,
     C: tl.constexpr, MAP: tl.constexpr, LAG: tl.constexpr, WINDOW: tl.constexpr, MIX: tl.constexpr, OWN: tl.constexpr,
-    KEYS: tl.constexpr, STATES: tl.constexpr, BZ: tl.constexpr, TEAM: tl.constexpr,
+    KEYS: tl.constexpr, STATES: tl.constexpr, BZ: tl.constexpr, TEAM: tl.constexpr, BOUND: tl.constexpr,
     CUT: tl.constexpr, EVEN: tl.constexpr, TABLE: tl.constexpr, PREFETCH: tl.constexpr,
 ):  # fmt: skip
     """One program: a block of queries of TEAM heads that share keys, BV values.
 
     KEYS, STATES: query heads a key head, a state head. xq, xk: what features are made of (q and k themselves, or
     features). near: gamma [H], gates or masses. CUT: the scan was cut; row BASE + SEGMENTS sequence + number // EACH
-    of states and masses is to be added (zero in the first segment). EVEN: every sequence has whole blocks. PREFETCH:
-    ask for the next head's tiles while at work on one.
+    of states and masses is to be added (zero in the first segment). EVEN: every sequence has whole blocks. BOUND:
+    c log2(e), the bound on scores, or 0.0. PREFETCH: ask for the next head's tiles while at work on one.
     """
     VALUES: tl.constexpr = (D + BV - 1) // BV
     # Under one denominator gamma is taken into the exponent, and rows are divided by their sum at the end.
     ONE: tl.constexpr = WINDOW and MIX == SHARED and MAP != NO_MAP
+    LATE: tl.constexpr = ONE and BOUND == 0.0  # scores are scaled where the largest is subtracted
     index = tl.program_id(0)
     first_v = (index % VALUES) * BV
     index = index // VALUES
@@ -194,12 +197,12 @@ def read_kernel(
         linear = tl.zeros([C], tl.float32) + 1.0  # the linear branch's factor
         if WINDOW:
             own = tl.dot(q, tl.trans(k), input_precision="ieee")
-            if not ONE:
-                own = own * scale
+            if not LATE:
+                own, _slope = bounded(own * scale, BOUND)
             own = tl.where(token[:, None] >= token[None, :], own, float("-inf"))
             previous = tl.dot(q, tl.trans(k_old), input_precision="ieee")
-            if not ONE:
-                previous = previous * scale
+            if not LATE:
+                previous, _slope = bounded(previous * scale, BOUND)
             if EVEN:
                 largest = tl.maximum(tl.max(own, 1), tl.where(before, tl.max(previous, 1), float("-inf")))
             else:
@@ -207,19 +210,21 @@ def read_kernel(
                 largest = tl.maximum(tl.max(own, 1), tl.max(previous, 1))
             if BZ > 0:
                 first = tl.dot(q, tl.trans(k_sink), input_precision="ieee")
-                if not ONE:
-                    first = first * scale
+                if not LATE:
+                    first, _slope = bounded(first * scale, BOUND)
                 first = tl.where(kept[None, :], first, float("-inf"))
                 largest = tl.maximum(largest, tl.max(first, 1))
             if ONE:
-                largest = largest * scale
+                if LATE:
+                    largest = largest * scale
                 base = largest - tl.log2(tl.load(near_ptr + head).to(tl.float32))
-                own = tl.exp2(own * scale - base[:, None])
+                unit = scale if LATE else 1.0
+                own = tl.exp2(own * unit - base[:, None])
                 if EVEN:
                     base = tl.where(before, base, float("inf"))
-                previous = tl.exp2(previous * scale - base[:, None])
+                previous = tl.exp2(previous * unit - base[:, None])
                 if BZ > 0:
-                    first = tl.exp2(first * scale - base[:, None])
+                    first = tl.exp2(first * unit - base[:, None])
             else:
                 own = tl.exp2(own - largest[:, None])
                 base = largest
@@ -305,10 +310,16 @@ def gate_cases(arch: int = 90):  # type: ignore[no-untyped-def]
     team = tuning.window_linear_team(arch, 4096, 4, torch.bfloat16)
     sinks = ("sink_k_ptr", "sink_v_ptr")
     small = tuning.window_linear_read(arch, 64, 64, 64, torch.bfloat16)
+    large = tuning.window_linear_read(arch, 256, 64, 64, torch.bfloat16)
+    gemma = {"KEYS": 2, "TEAM": 1, "BOUND": GEMMA}
     return [
         gate_case(read_kernel, rows, "shared mix", absent=sinks, TEAM=team),
         gate_case(read_kernel, rows, "shared mix, scan in segments", absent=sinks, TEAM=team, CUT=True),
         gate_case(read_kernel, rows, "shared mix, blocks cut short", absent=sinks, EVEN=False, TEAM=team),
         gate_case(read_kernel, small, "mix by mass, sinks, head of 64", MIX=3, D=64, BD=64, BZ=16, TEAM=team),
         gate_case(read_kernel, rows, "window alone", absent=sinks, MAP=5, MIX=1, TEAM=team),
+        gate_case(read_kernel, rows, "bounded, shared mix", absent=sinks, **gemma),
+        gate_case(read_kernel, rows, "bounded, blocks cut short", absent=sinks, EVEN=False, **gemma),
+        gate_case(read_kernel, rows, "bounded, window alone", absent=sinks, MAP=5, MIX=1, **gemma),
+        *wide_case(arch, read_kernel, large, absent=sinks, **gemma),
     ]

@@ -5,6 +5,7 @@ import triton
 import triton.language as tl
 
 from . import window_linear_tuning as tuning
+from .softcap_triton import GEMMA, bounded
 from .window_linear_tiles import LN2, NO_MAP, SHARED, gate_case, load_columns, load_rows, store_columns
 
 
@@ -14,9 +15,9 @@ def sink_pairs_kernel(
     sequences_ptr, s_qb, s_qh, s_qt, s_db, s_dh, s_dt, s_ksb, s_ksh, s_kst, s_vsb, s_vsh, s_vst,
     T, HEADS, PIECES, EACH, scale, sinks,
     D: tl.constexpr, BD: tl.constexpr, BN: tl.constexpr, C: tl.constexpr, MAP: tl.constexpr, MIX: tl.constexpr,
-    KEYS: tl.constexpr, BZ: tl.constexpr, TABLE: tl.constexpr,
+    KEYS: tl.constexpr, BZ: tl.constexpr, BOUND: tl.constexpr, TABLE: tl.constexpr,
 ):  # fmt: skip
-    """One program: EACH blocks of queries of one head and sequence, BN channels.
+    """One program: EACH blocks of queries of one head and sequence, BN channels. BOUND: as in read_kernel.
 
     Writes dk, dv [N, PIECES, H, BZ, D] float32, to be summed over pieces and over the query heads of a key head.
     """
@@ -55,7 +56,8 @@ def sink_pairs_kernel(
         do_base = do_ptr + row * s_db + wide * s_dh + first_t * s_dt
         level = tl.load(level_ptr + at_row, mask=live, other=float("inf"))
         q = load_rows(q_base, live, s_qt, D, BD, C)
-        p = tl.exp2(tl.dot(k, tl.trans(q), input_precision="ieee") * scale - level[None, :])
+        s, slope = bounded(tl.dot(k, tl.trans(q), input_precision="ieee") * scale, BOUND)
+        p = tl.exp2(s - level[None, :])
         p = tl.where(kept[:, None], p, 0.0)
         do = load_columns(do_base, live, s_dt, first_n, D, BN, C)
         dv = tl.dot(p.to(do.dtype), do, dv, input_precision="ieee")
@@ -66,6 +68,8 @@ def sink_pairs_kernel(
             r = tl.load(row_ptr + at_row, mask=live, other=0.0)
             pick = tl.load(pick_ptr + at_row, mask=live, other=-1)
             p -= tl.where(pick[None, :] == 2 * C + slot[:, None], r[None, :], 0.0)
+        if BOUND > 0.0:
+            p *= slope
         q = load_columns(q_base, live, s_qt, first_n, D, BN, C)
         dk = tl.dot((p * (scale * LN2)).to(q.dtype), q, dk, input_precision="ieee")
     at = ((sequence * PIECES + piece) * HEADS + head) * BZ * D
@@ -77,4 +81,8 @@ def sink_pairs_kernel(
 def gate_cases(arch: int = 90):  # type: ignore[no-untyped-def]
     """Default configurations in bfloat16, for the compile gate."""
     rows = tuning.window_linear_queries(arch, 128, 64, 64, torch.bfloat16)
-    return [gate_case(sink_pairs_kernel, rows, "shared mix", BZ=16)]
+    held = tuning.window_linear_queries(arch, 128, 64, 64, torch.bfloat16, bounded=True)
+    return [
+        gate_case(sink_pairs_kernel, rows, "shared mix", BZ=16),
+        gate_case(sink_pairs_kernel, held, "bounded, shared mix", BZ=16, KEYS=2, BOUND=GEMMA),
+    ]

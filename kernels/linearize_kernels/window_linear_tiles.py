@@ -276,6 +276,11 @@ def window_share(peak, near_ptr, near_at, near_live, window_weight, MIX: tl.cons
     return share
 
 
+def wide_case(arch, kernel, rows, **more):  # type: ignore[no-untyped-def]
+    """For the compile gate, bounded scores of 256 channels, as Gemma 2 has; on Ampere such tiles fit in no way."""
+    return [] if arch < 90 else [gate_case(kernel, rows, "bounded, head of 256", D=256, BD=256, **more)]
+
+
 FLOAT32_POINTERS = frozenset((
     "first_ptr", "first_mass_ptr", "part_ptr", "part_mass_ptr", "masses_ptr", "last_ptr", "last_mass_ptr", "near_ptr",
     "peak_ptr", "total_ptr", "row_scale_ptr", "row_mass_ptr", "row_ptr", "shift_ptr", "far_ptr", "level_ptr",
@@ -294,7 +299,8 @@ def gate_case(kernel, rows, label, *, absent=(), **constants):  # type: ignore[n
     usual = {
         "D": 128, "BD": 128, "F": 64, "BF": 64, "PARTS": 2, "C": 64, "MAP": 0, "LAG": 2, "WINDOW": True, "MIX": 0,
         "OWN": True, "KEYS": 4, "STATES": 1, "BZ": 0, "SHARING": 4, "V_SHARING": 4, "GROUP": 1, "ALONE": True,
-        "EVEN": True, "TEAM": 4, "BACKWARDS": False, "CUT": False, "FIRST": False, "LAST": False, "TABLE": False,
+        "EVEN": True, "TEAM": 4, "BOUND": 0.0, "BACKWARDS": False, "CUT": False, "FIRST": False, "LAST": False,
+        "TABLE": False,
     }  # fmt: skip
     known = usual | {name: rows[name] for name in ("BV", "BN", "BQ", "BY_DOT", "PREFETCH") if name in rows} | constants
     missing = {"sequences_ptr", "table_ptr", "q_bias_ptr", "k_bias_ptr", "bias_ptr", "bias_grads_ptr", *absent}

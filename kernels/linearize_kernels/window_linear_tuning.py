@@ -58,15 +58,16 @@ def window_linear_maps(capability: int, channels: int, width: int, chunk: int, d
     return {"num_warps": 8 if large else 4, "num_stages": 1}
 
 
-def window_linear_team(capability: int, programs: int, group: int, dtype: torch.dtype) -> int:
+def window_linear_team(capability: int, programs: int, group: int, dtype: torch.dtype, *, bounded: bool = False) -> int:
     """How many of the `group` query heads that share keys one program serves; `programs` if it serves all.
 
-    On Ampere keys would wait in registers for the next head; in float32 shared memory is too small for them.
+    On Ampere keys would wait in registers for the next head; in float32 shared memory is too small for them. Bounds on
+    scores take the registers that a loop over heads needs.
     """
     while group > 8 and group % 2 == 0:
         group //= 2
     many = capability >= 90 and programs >= 2 * 132 and dtype != torch.float32
-    return group if capability == 0 or many else 1
+    return group if capability == 0 or (many and not bounded) else 1
 
 
 def _is_llama(capability: int, channels: int, width: int, chunk: int, dtype: torch.dtype) -> bool:
@@ -93,23 +94,37 @@ def window_linear_weights(capability: int, channels: int, width: int, chunk: int
     return {"num_warps": 4 if channels * width <= 8192 else 8, "num_stages": 2}
 
 
-def window_linear_queries(capability: int, channels: int, width: int, chunk: int, dtype: torch.dtype) -> dict[str, int]:
-    """Channel tile, warps and stages of window_linear_queries_triton and window_linear_sinks_triton."""
-    tile = _tile(channels, 64 if width > 64 or channels > 128 else 128)
+def window_linear_queries(
+    capability: int, channels: int, width: int, chunk: int, dtype: torch.dtype, *, bounded: bool = False
+) -> dict[str, int]:
+    """Channel tile, warps and stages of window_linear_queries_triton and window_linear_sinks_triton.
+
+    bounded: scores are, which leaves registers for half of 128 channels; Ampere has them for all.
+    """
+    small = width > 64 or channels > 128 or (bounded and capability not in range(80, 90))
+    tile = _tile(channels, 64 if small else 128)
     warps = 8 if chunk > 64 or channels > 128 or capability in range(80, 90) else 4
     return {"BN": tile, "num_warps": warps, "num_stages": 1}
 
 
 def window_linear_keys(
-    capability: int, channels: int, width: int, chunk: int, dtype: torch.dtype, *, even: bool = False
+    capability: int,
+    channels: int,
+    width: int,
+    chunk: int,
+    dtype: torch.dtype,
+    *,
+    even: bool = False,
+    bounded: bool = False,
 ) -> dict[str, int]:
     """Tiles of channels and queries, warps and stages of window_linear_keys_triton.key_pairs_kernel.
 
-    even: every sequence has whole blocks.
+    even: every sequence has whole blocks. bounded: scores are, which takes registers.
     """
     tile = _tile(channels, 64 if width > 64 or channels > 128 else 128)
     stages = 3 if even and _is_llama(capability, channels, width, chunk, dtype) else 2
-    return {"BN": tile, "BQ": min(chunk, 32), "num_warps": 8 if chunk > 64 else 4, "num_stages": stages}
+    queries = 16 if bounded and tile > 64 and capability not in range(80, 90) else 32
+    return {"BN": tile, "BQ": min(chunk, queries), "num_warps": 8 if chunk > 64 else 4, "num_stages": stages}
 
 
 def window_linear_values(capability: int, channels: int, width: int, chunk: int, dtype: torch.dtype) -> dict[str, int]:

@@ -34,11 +34,14 @@ def results(x: list[torch.Tensor], backend: str, dtype: torch.dtype, **options) 
     return [y.detach() for y in found] + list(torch.autograd.grad(found, leaves, weights))
 
 
-def test_the_reference_is_the_definition() -> None:
+@pytest.mark.parametrize("softcap", [None, 0.6])
+def test_the_reference_is_the_definition(softcap: float | None) -> None:
     for length in (1, 16, 17, 70):
         q, k, v = inputs(2, (4, 2), length, 8)
-        out, mass = window_attention(q, k, v, window=16, scale=0.3, sinks=3, backend="torch")
+        out, mass = window_attention(q, k, v, window=16, scale=0.3, sinks=3, softcap=softcap, backend="torch")
         scores = torch.einsum("nhid,nhjd->nhij", q, k.repeat_interleave(2, dim=1)) * 0.3
+        if softcap is not None:
+            scores = softcap * torch.tanh(scores / softcap)
         scores = scores.masked_fill(~block_window_mask(length, 16, 3), float("-inf"))
         torch.testing.assert_close(out, scores.softmax(-1) @ v.repeat_interleave(2, dim=1), rtol=1e-9, atol=1e-9)
         torch.testing.assert_close(mass, scores.logsumexp(-1), rtol=1e-9, atol=1e-9)
@@ -52,6 +55,9 @@ def test_the_reference_is_the_definition() -> None:
         (1, (4, 2), 50, 16, {"window": 16}),
         (2, (3, 1), 70, 24, {"window": 32}),
         (1, (2, 1), 70, 16, {"window": 16, "sinks": 5}),
+        (1, (4, 2), 50, 16, {"window": 16, "softcap": 2.0}),
+        (2, (2, 1), 70, 24, {"window": 32, "sinks": 5, "softcap": 0.4, "starts": torch.tensor([0, 9])}),
+        (1, (2, 1), 50, 16, {"window": 16, "softcap": 30.0, "cu_seqlens": torch.tensor([0, 20, 50])}),
         (1, (2, 1), 50, 16, {"window": 16, "cu_seqlens": torch.tensor([0, 20, 50])}),
         (2, (2, 1), 50, 16, {"window": 16, "starts": torch.tensor([0, 9]), "sinks": 2}),
     ],

@@ -71,7 +71,7 @@ def in_bfloat16(x: dict[str, torch.Tensor], **options: Any) -> dict[str, torch.T
     out, _final = _sequence(
         leaves["q"], leaves["k"], leaves["v"], options["map"], *(leaves.get(n) for n in MAPS), window,
         options["scale"], options["mix"], True, 1 if not window or options.get("coverage") == "all" else 2, near, 0.5,
-        options.get("sinks", 0), None, states,
+        options.get("sinks", 0), options.get("softcap"), None, states,
     )  # fmt: skip
     draw = torch.Generator("cuda").manual_seed(1)
     weight = torch.randn(out.shape, generator=draw, device="cuda").bfloat16()
@@ -97,6 +97,12 @@ def error(got: torch.Tensor, want: torch.Tensor) -> float:
         ("hedgehog_exp", "none", (4, 2), 500, 128, 128, {"window": 0}),
         ("relu", "none", (4, 4), 500, 128, 128, {"window": 0, "train": "maps"}),
         ("precomputed", "gate", (4, 2), 500, 128, 153, {"window": 64, "coverage": "all"}),
+        # Gemma 2's bounds on scores, of its large model and of the others; the second binds.
+        ("hedgehog_softmax", "shared", (8, 4), 700, 128, 64, {"window": 64, "softcap": 50.0}),
+        ("hedgehog_softmax", "shared", (4, 2), 700, 128, 64, {"window": 64, "softcap": 1.5, "sinks": 4}),
+        ("hedgehog_softmax", "shared", (4, 2), 300, 256, 64, {"window": 64, "softcap": 1.5}),
+        ("hedgehog_softmax", "mass", (4, 2), 640, 128, 64, {"window": 64, "softcap": 1.5, "sinks": 4}),
+        ("precomputed", "gate", (4, 2), 500, 128, 100, {"window": 64, "coverage": "all", "softcap": 1.5}),
         # Long enough for the scan to be cut into segments.
         ("hedgehog_softmax", "shared", (8, 2), 2112, 128, 64, {"window": 64}),
         ("hedgehog_softmax", "shared", (8, 2), 2112, 128, 64, {"window": 64, "train": "maps"}),
@@ -116,13 +122,15 @@ def test_error_is_that_of_bfloat16(
     assert all(ours <= 2 * torchs + 1e-5 for ours, torchs in found.values()), found
 
 
-def test_window_alone() -> None:
+@pytest.mark.parametrize("size,softcap", [(128, None), (128, 1.5), (256, 1.5)])
+def test_window_alone(size: int, softcap: float | None) -> None:
     draw = torch.Generator("cuda").manual_seed(0)
-    x = [torch.randn(2, 700, n, 128, generator=draw, device="cuda").bfloat16().transpose(1, 2) for n in (8, 2, 2)]
+    x = [torch.randn(2, 700, n, size, generator=draw, device="cuda").bfloat16().transpose(1, 2) for n in (8, 2, 2)]
 
     def results(dtype: torch.dtype, backend: str) -> list[torch.Tensor]:
         leaves = [y.to(dtype).requires_grad_() for y in x]
-        out, mass = window_attention(*leaves, window=64, scale=128**-0.5, sinks=4, backend=backend)
+        options = {"window": 64, "scale": size**-0.5, "sinks": 4, "softcap": softcap}
+        out, mass = window_attention(*leaves, **options, backend=backend)
         return [out, mass, *torch.autograd.grad([out, mass], leaves, [torch.ones_like(out), torch.ones_like(mass)])]
 
     want = results(torch.float64, "torch")

@@ -195,6 +195,46 @@ def test_segments(coverage: str) -> None:
 
 
 @interpreted
+@pytest.mark.parametrize(
+    "softcap,mix,more,options",
+    [
+        (3.0, "shared", {"heads": (4, 2), "length": 50}, {}),
+        (0.5, "shared", {"length": 66, "spread": 4.0}, {"sinks": 3}),
+        (50.0, "shared", {"length": 70, "size": 24}, {"window": 32}),
+        (0.5, "mass", {"length": 66}, {"sinks": 16}),
+        (3.0, "gate", {"length": 48, "heads": (3, 1)}, {"coverage": "all", "sinks": 5}),
+        (2.0, "sum", {"length": 35, "heads": (4, 2), "shared_state": True}, {"window_weight": 0.3}),
+        (2.0, "shared", {"length": 53}, {"train": "maps"}),
+    ],
+)
+def test_bounded_scores(softcap: float, mix: str, more: dict[str, Any], options: dict[str, Any]) -> None:
+    """Far below the bound, about it, and so far beyond that slopes are nearly zero."""
+    compare(tensors(mix=mix, **more), **({"window": 16, "mix": mix, "softcap": softcap} | options))
+
+
+@interpreted
+def test_bounded_scores_of_packed_and_padded_rows() -> None:
+    draw = torch.Generator().manual_seed(5)
+    first = torch.rand(2, 2, 32, 17, generator=draw, dtype=DOUBLE)
+    options: dict[str, Any] = {"window": 16, "softcap": 1.0, "sinks": 2}
+    compare(tensors(batch=2, length=50), starts=torch.tensor([13, 0]), state=first, **options)
+    packed = torch.tensor([0, 20, 21, 60])
+    compare(tensors(length=60, mix="mass"), mix="mass", cu_seqlens=packed, **options)
+
+
+@interpreted
+@pytest.mark.parametrize("backend", ["torch", "triton"])
+def test_a_bound_changes_the_output_where_there_is_a_window(backend: str) -> None:
+    """And none is read where there is not: no kernel is compiled for it."""
+    x = {name: y.float() for name, y in tensors(length=20).items()}
+    options: dict[str, Any] = {"scale": 0.3, "backend": backend}
+    plain, bound = (window_linear(**x, window=16, softcap=cap, **options) for cap in (None, 0.5))
+    assert float((plain - bound).norm()) > 1e-2 * float(plain.norm())
+    apart = [window_linear(**x, window=0, softcap=cap, **options) for cap in (None, 0.5)]
+    assert torch.equal(*apart)
+
+
+@interpreted
 def test_equal_and_large_scores() -> None:
     """Of equal largest scores one gets the gradient, which leaves dq and the sum over the keys as they are."""
     x = tensors(length=40, spread=1.0)
@@ -215,11 +255,11 @@ def test_the_op_keeps_its_promises_to_the_compiler() -> None:
     x = {name: y.float().requires_grad_() for name, y in tensors(length=18).items()}
     arguments = (
         x["q"], x["k"], x["v"], x["q_weight"], x["k_weight"], None, None, None, None, x["gamma"],
-        None, None, None, None, None, 2, "hedgehog_softmax", 16, 2, "shared", True, 0.3, 0.5, 0, True,
+        None, None, None, None, None, 2, "hedgehog_softmax", 16, 2, "shared", True, 0.3, 0.5, 0,
     )  # fmt: skip
     checks = ("test_schema", "test_faketensor", "test_autograd_registration")
-    for keep, maps_only in ((False, False), (True, False), (True, True)):
-        torch.library.opcheck(window_linear_op, (*arguments, keep, maps_only), test_utils=checks)
+    for softcap, keep, maps_only in ((None, False, False), (None, True, False), (2.0, False, False), (2.0, True, True)):
+        torch.library.opcheck(window_linear_op, (*arguments, softcap, True, keep, maps_only), test_utils=checks)
 
 
 def test_what_it_refuses() -> None:
@@ -233,6 +273,7 @@ def test_what_it_refuses() -> None:
         ({"window": 24, "backend": "triton"}, "24"),
         ({"sinks": 17, "backend": "triton"}, "17"),
         ({"scale": -0.3, "backend": "triton"}, "-0.3"),
+        ({"softcap": 0.0, "backend": "triton"}, "bounded by more than 0"),
     ):
         with pytest.raises(ValueError, match=words):
             window_linear(**({**x, "window": 16, "scale": 0.3} | change))
