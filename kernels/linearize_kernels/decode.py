@@ -70,6 +70,8 @@ class StepRule:
     window_weight: float
     scaling: float
     state_heads: int
+    softcap: float | None = None
+    """The bound on the window's scores."""
 
 
 def wide(rule: StepRule) -> bool:
@@ -95,6 +97,8 @@ def unable(rule: StepRule, head_dim: int) -> str | None:
             f"decode takes heads of up to {MOST_CHANNELS} channels, maps of up to {most} features a sign and "
             f"blocks of up to {MOST_SLOTS // 2} tokens, not {head_dim}, {rule.width} and {rule.window}"
         )
+    if rule.softcap is not None and rule.softcap <= 0:
+        return f"scores are bounded by more than 0, not by {rule.softcap}"
     if rule.unrotate and head_dim % 2:
         return "a rotated head has an even number of channels"
     return None

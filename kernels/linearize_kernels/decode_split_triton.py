@@ -16,6 +16,7 @@ import triton
 import triton.language as tl
 
 from .decode_maps_triton import activate, exact_dot
+from .softcap_triton import bounded
 
 MAP_TILE = tl.constexpr(32)
 """Head channels of a projection that are multiplied at once."""
@@ -92,12 +93,14 @@ def _fold(
 def near_kernel(
     q, k, v, position, ring_k, ring_v, q_weight, q_bias, window_logit, features, near, masses,
     sqb, sqh, skb, skh, svb, svh, B, H, HK,
-    SCALE: tl.constexpr, D: tl.constexpr, DP: tl.constexpr, F: tl.constexpr, FP: tl.constexpr, SIGNS: tl.constexpr,
+    SCALE: tl.constexpr, BOUND: tl.constexpr,
+    D: tl.constexpr, DP: tl.constexpr, F: tl.constexpr, FP: tl.constexpr, SIGNS: tl.constexpr,
     W: tl.constexpr, SLOTS: tl.constexpr, G: tl.constexpr, GP: tl.constexpr, ROWS: tl.constexpr, MAP: tl.constexpr,
     LEARNED: tl.constexpr, BIASED: tl.constexpr, EARLY: tl.constexpr,
 ):  # fmt: skip
     """Grid B HK + H times groups of ROWS sequences. Writes features [B, H, N], near [B, H, D] and masses [B, H],
-    float32: the window's sum of values and of weights, times its share. EARLY: the next launch may begin.
+    float32: the window's sum of values and of weights, times its share. BOUND: on scores, 0.0: none. EARLY: the next
+    launch may begin.
     """
     if EARLY:
         tl.extra.cuda.gdc_launch_dependents()
@@ -126,9 +129,9 @@ def near_kernel(
         previous = tl.where(block >= 1, 1 - block % 2, -1)
         seen = ((ow // W == block % 2) & (ow % W < p % W)) | (ow // W == previous)
 
-        scores = tl.dot(queries, tl.trans(keys), input_precision="ieee") * SCALE
+        scores, _slope = bounded(tl.dot(queries, tl.trans(keys), input_precision="ieee") * SCALE, BOUND)
         scores = tl.where(seen[None, :], scores, float("-inf"))
-        score = tl.sum(queries.to(tl.float32) * k_new.to(tl.float32)[None, :], 1) * SCALE
+        score, _slope = bounded(tl.sum(queries.to(tl.float32) * k_new.to(tl.float32)[None, :], 1) * SCALE, BOUND)
         largest = tl.maximum(tl.max(scores, 1), score)
         weights = tl.exp(scores - largest[:, None])
         weight = tl.exp(score - largest)
@@ -208,12 +211,15 @@ def gate_cases(arch: int = 90) -> list[tuple[Any, dict[str, str], dict[str, Any]
     exact |= dict.fromkeys(("B", "H", "HK"), "i32")
     exact |= dict.fromkeys(("sqb", "sqh", "skb", "skh", "svb", "svh"), "i32:16")
     cases = []
-    found = split_constants(
-        lolcats_rule(), head_dim=128, heads=32, kv_heads=8, batch=16, card=arch, dtype=torch.bfloat16
-    )
-    assert found is not None
-    for kernel, name in ((far_kernel, "far"), (near_kernel, "near")):
-        made, options = found[name]
+    sizes: dict[str, Any] = {"heads": 32, "batch": 16, "card": arch, "dtype": torch.bfloat16}
+    found = split_constants(lolcats_rule(), head_dim=128, kv_heads=8, **sizes)
+    held = split_constants(lolcats_rule(softcap=50.0), head_dim=128, kv_heads=16, **sizes)
+    assert found is not None and held is not None
+    for kernel, name, made, options in (
+        (far_kernel, "far", *found["far"]),
+        (near_kernel, "near", *found["near"]),
+        (near_kernel, "near, bounded", *held["near"]),
+    ):
         for weights in ("*bf16", "*fp32"):
             types = {x: exact.get(x, "*bf16") for x in kernel.arg_names if x not in made}
             types |= {x: weights for x in types if x.endswith(("weight", "bias"))}

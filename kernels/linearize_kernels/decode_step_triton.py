@@ -12,6 +12,7 @@ import triton.language as tl
 
 from .decode_fold_triton import fold_delta, fold_linear
 from .decode_maps_triton import activate, log1p_exp, log_sigmoid, project, read_head, token_score, unit
+from .softcap_triton import bounded
 
 TINY = tl.constexpr(1e-30)
 NORM_EPS = tl.constexpr(1e-6)
@@ -36,7 +37,7 @@ def decode_kernel(
     q_weight, q_bias, k_weight, k_bias, decay, decay_bias, a_log, beta_weight, beta_bias, mix_weight, mix_bias,
     window_logit, linear_scale, norm_weight, parts, masses,
     sqb, sqh, skb, skh, svb, svh, sxb, scb, H, HK, S,
-    SCALE: tl.constexpr, WINDOW_WEIGHT: tl.constexpr, POWER: tl.constexpr,
+    SCALE: tl.constexpr, BOUND: tl.constexpr, WINDOW_WEIGHT: tl.constexpr, POWER: tl.constexpr,
     D: tl.constexpr, DP: tl.constexpr, F: tl.constexpr, FP: tl.constexpr, SIGNS: tl.constexpr,
     W: tl.constexpr, SLOTS: tl.constexpr, PART: tl.constexpr, Z: tl.constexpr, ZP: tl.constexpr,
     C: tl.constexpr, CT: tl.constexpr, BV: tl.constexpr, GROUP: tl.constexpr, R: tl.constexpr, G: tl.constexpr,
@@ -50,7 +51,7 @@ def decode_kernel(
     PARTS: 0, or into how many tiles decode_wide_triton cut the features; it has read the state, its sums are here.
     PP: the power of two that covers PARTS. EARLY: it may begin before those sums are there, and waits for them.
     HOLD: the window's tokens are loaded first and stay in registers for all R heads; else after the state was read,
-    with fewer registers and more latency.
+    with fewer registers and more latency. BOUND: on the window's scores; 0.0: none.
     """
     N: tl.constexpr = F * SIGNS
     HAS_Z: tl.constexpr = (NORM == "shared") or (NORM == "own")
@@ -227,11 +228,12 @@ def decode_kernel(
                 if not HOLD:  # late, when the state's registers are free, and for every head
                     keys, values = _window(ring_k + rows, ring_v + rows, ow, od, ov, seen, D, W)
                 q_f = tl.load(q_head + od, mask=in_d, other=0.0).to(tl.float32)
-                scores = tl.where(seen, tl.sum(keys.to(tl.float32) * q_f[None, :], 1) * SCALE, float("-inf"))
-                score = tl.sum(k_new.to(tl.float32) * q_f, 0) * SCALE
+                scores, _slope = bounded(tl.sum(keys.to(tl.float32) * q_f[None, :], 1) * SCALE, BOUND)
+                scores = tl.where(seen, scores, float("-inf"))
+                score, _slope = bounded(tl.sum(k_new.to(tl.float32) * q_f, 0) * SCALE, BOUND)
                 largest = tl.maximum(tl.max(scores, 0), score)
                 if Z > 0:
-                    far_scores = tl.sum(s_keys.to(tl.float32) * q_f[None, :], 1) * SCALE
+                    far_scores, _slope = bounded(tl.sum(s_keys.to(tl.float32) * q_f[None, :], 1) * SCALE, BOUND)
                     far_scores = tl.where(far, far_scores, float("-inf"))
                     largest = tl.maximum(largest, tl.max(far_scores, 0))
                 weights = tl.exp(scores - largest)

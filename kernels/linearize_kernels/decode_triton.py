@@ -46,6 +46,7 @@ def constants(
     )
     made: dict[str, Any] = {
         "SCALE": rule.scaling,
+        "BOUND": (rule.window and rule.softcap) or 0.0,
         "WINDOW_WEIGHT": rule.window_weight,
         "POWER": rule.decay_power,
         "D": head_dim,
@@ -168,7 +169,7 @@ def split_constants(
         return None
     early = card >= PROGRAMMATIC
     shared = {name: made[name] for name in ("D", "DP", "F", "FP", "SIGNS", "W", "G", "LEARNED", "BIASED")}
-    near = shared | {name: made[name] for name in ("SCALE", "MAP")}
+    near = shared | {name: made[name] for name in ("SCALE", "BOUND", "MAP")}
     near |= {"SLOTS": max(16, made["SLOTS"]), "GP": _power(made["G"]), "ROWS": 16, "EARLY": early}
     far = shared | {"KEY_MAP": made["KEY_MAP"], "NP": _power(made["F"] * made["SIGNS"]), "EARLY": early}
     far |= {name: tiles["far"][name] for name in ("BV", "VT", "PART")}
@@ -315,7 +316,7 @@ def lolcats_rule(**other: Any) -> StepRule:
 def gate_cases() -> list[tuple[Any, dict[str, str], dict[str, Any], dict[str, int], str]]:
     """Default configurations for the compile gate: layers at the size of Llama-3-8B.
 
-    LoLCATs' in one launch, a delta rule, wide maps that act on each feature alone, and `pure`.
+    LoLCATs' in one launch, with bounded scores too, a delta rule, wide maps that act on each feature alone, and `pure`.
     """
     lolcats = lolcats_rule()
     pure = lolcats_rule(
@@ -339,7 +340,10 @@ def gate_cases() -> list[tuple[Any, dict[str, str], dict[str, Any], dict[str, in
     exact |= dict.fromkeys(("sqb", "sqh", "skb", "skh", "svb", "svh", "sxb", "scb"), "i32:16")
     exact |= dict.fromkeys(("B", "H", "HK", "S"), "i32")
     cases = []
-    for rule, label in ((lolcats, "lolcats"), (delta, "delta rule"), (pure, "wide exp"), (codes, "pure")):
+    bound = replace(lolcats, softcap=50.0)
+    for rule, label in (
+        (lolcats, "lolcats"), (bound, "lolcats, bounded"), (delta, "delta rule"), (pure, "wide exp"), (codes, "pure"),
+    ):  # fmt: skip
         for batch in (1, 16):
             sizes: dict[str, Any] = {
                 "head_dim": 128, "heads": 32, "kv_heads": 8, "channels": 4096, "batch": batch, "card": 90,
