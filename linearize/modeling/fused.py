@@ -20,6 +20,7 @@ from .feature_maps import SCALED
 from .fused_tokens import Tokens, fresh_tokens, later_tokens, remember
 from .layout import Layout
 from .mixer_state import MixerState
+from .softcap import BOUNDED
 
 try:
     from linearize_kernels.backend import pick
@@ -104,8 +105,8 @@ def unable(
         return f"features of the map {spec.feature_map!r}, or their sums, leave the range of float16; bfloat16 has it"
     if mixer.execution == "quadratic" or mixer.record_weights:
         return "the quadratic form has no kernel"
-    if mixer.softcap is not None and spec.window and mixer.branches != "linear":
-        return "a bound on attention scores has no kernel"
+    if mixer.softcap is not None and spec.window and mixer.branches != "linear" and not BOUNDED:
+        return "a bound on attention scores has no kernel in this release of linearize_kernels"
     if spec.feature_map == "taylor" and mixer.branches != "window":
         return "there is no kernel for the map 'taylor'"
     if spec.window and spec.window not in WINDOWS and mixer.branches != "linear":
@@ -168,7 +169,7 @@ def attend(mixer: Mixer, x: Tokens, *, keep: bool) -> tuple[Tensor, Tensor | Non
     if near_wanted:
         near, log_sum = window_attention(
             x.near_q, x.near_k, x.near_v, window=spec.window, scale=mixer.scaling, sinks=spec.sinks,
-            cu_seqlens=x.bounds, backend=mixer.backend,
+            cu_seqlens=x.bounds, backend=mixer.backend, **_bound(mixer),
         )  # fmt: skip
         near, log_sum = x.new_rows(near), x.new_rows(log_sum)
     if far_wanted:
@@ -190,6 +191,7 @@ def together(mixer: Mixer, x: Tokens, *, near: bool, keep: bool) -> tuple[Tensor
     q, k, v = (x.near_q, x.near_k, x.near_v) if near else (x.q, x.k, x.v)
     if near:
         options = {"window": spec.window, "sinks": spec.sinks, "mix": spec.mix, "window_weight": spec.window_weight}
+        options |= _bound(mixer)
         if spec.mix == "shared":
             options["gamma"] = mixer.window_share(torch.float32)
         elif spec.mix in ("gate", "mass"):
@@ -277,6 +279,11 @@ def share_of(mixer: Mixer, x: Tokens, log_sum: Tensor) -> Tensor:
     if spec.mix == "mass":  # softmax over all keys would divide its mass in the same way
         return torch.sigmoid(log_sum - x.gate(mixer))
     return torch.full_like(log_sum, spec.window_weight)
+
+
+def _bound(mixer: Mixer) -> dict[str, Any]:
+    """The bound on the window's scores; nothing without one, which an earlier release of the kernels did not know."""
+    return {} if mixer.softcap is None else {"softcap": mixer.softcap}
 
 
 def _trained(*tensors: Tensor) -> str:

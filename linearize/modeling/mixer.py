@@ -96,7 +96,7 @@ class Mixer(nn.Module):
     @property
     def scores(self) -> dict[str, Any]:
         """What makes the window's scores of q.k."""
-        return {"scale": self.scaling, "cap": self.softcap}
+        return {"scale": self.scaling, "softcap": self.softcap}
 
     def initial_values(self) -> dict[str, torch.Tensor]:
         """Start value of every parameter and buffer of the mixer, by name, on the CPU in float32."""

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from .mixer_spec import LEARNED_MAPS, MixerSpec
+from .softcap import BOUNDED
 
 try:
     from linearize_kernels.backend import pick
@@ -28,7 +29,9 @@ if TYPE_CHECKING:
 
 
 @lru_cache(maxsize=64)
-def step_rule(spec: MixerSpec, head_dim: int, state_heads: int, scaling: float, rotated: bool) -> Any:
+def step_rule(
+    spec: MixerSpec, head_dim: int, state_heads: int, scaling: float, rotated: bool, softcap: float | None = None
+) -> Any:
     """The kernel's rule for a mixer; rotated: whether it is given queries and keys with a rotation to undo."""
     learned = spec.feature_map in LEARNED_MAPS
     return StepRule(
@@ -49,6 +52,7 @@ def step_rule(spec: MixerSpec, head_dim: int, state_heads: int, scaling: float, 
         window_weight=float(spec.window_weight),
         scaling=float(scaling),
         state_heads=state_heads,
+        **({"softcap": softcap} if softcap is not None and spec.window else {}),
     )
 
 
@@ -60,13 +64,16 @@ def step_backend(mixer: Mixer, q: torch.Tensor) -> tuple[str, str | None]:
     """
     if decode_step is None:
         return "torch", "linearize_kernels is not installed"
-    reason = unable(step_rule(mixer.spec, mixer.head_dim, mixer.state_heads, mixer.scaling, True), mixer.head_dim)
-    if mixer.softcap is not None and mixer.spec.window:
-        reason = "a bound on attention scores has no kernel"
+    reason: str | None
+    if mixer.softcap is not None and mixer.spec.window and not BOUNDED:
+        reason = "a bound on attention scores has no kernel in this release of linearize_kernels"
     elif mixer.record:
         reason = "the mixer records its branches"
     elif torch.is_grad_enabled() and q.requires_grad:
         reason = "a step of the kernel has no gradient"
+    else:
+        rule = step_rule(mixer.spec, mixer.head_dim, mixer.state_heads, mixer.scaling, True, mixer.softcap)
+        reason = unable(rule, mixer.head_dim)
     found = pick(mixer.backend, q, unable=reason)
     return found, None if found == "triton" else reason or "kernels are switched off, or not for this device and dtype"
 
@@ -99,7 +106,7 @@ def decode_token(
         found = mixer.linear_qk(q.float(), k.float(), inputs.float(), rotation)
         own = tuple(x.squeeze(2).contiguous() for x in found)
     rotated = rotation is not None and own is None
-    rule = step_rule(spec, mixer.head_dim, mixer.state_heads, mixer.scaling, rotated)
+    rule = step_rule(spec, mixer.head_dim, mixer.state_heads, mixer.scaling, rotated, mixer.softcap)
     if spec.decay == "channel":
         weights["decay"] = mixer.decay(inputs.float(), k).squeeze(2).contiguous()
     out = decode_step(

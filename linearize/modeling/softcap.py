@@ -1,8 +1,7 @@
 """Softmax attention of a teacher that bounds its attention scores (Gemma 2): softmax(c tanh(s / c)).
 
-The linear layers' window has to bound them in the same way, or it would not be the teacher's attention. Without a bound
-all goes to linearize_kernels, or to transformers' sdpa; with one, to the same formulas here. Shapes as in the kernels:
-N or B sequences, K key heads, R query heads per key head, L tokens, W block, D channels, Z sinks.
+The linear layers' window has to bound them in the same way, or it would not be the teacher's attention. Its formulas
+are linearize_kernels'; here are those of whole layers, which transformers' sdpa computes where there is no bound.
 """
 
 from __future__ import annotations
@@ -10,92 +9,24 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-import torch.nn.functional as nnf
 from torch import nn
 from transformers.integrations.sdpa_attention import repeat_kv, sdpa_attention_forward
 
 try:
-    import linearize_kernels as kernels
-except ImportError:  # an exported model without linearize: the same files lie beside this one
-    kernels = None  # type: ignore[assignment]
-    from .quadratic import window_weights as plain_window_weights  # type: ignore[import-not-found]
-    from .step import step_window as plain_step_window  # type: ignore[import-not-found]
-    from .window import chunk_window as plain_chunk_window  # type: ignore[import-not-found]
+    from linearize_kernels.quadratic import window_weights
+    from linearize_kernels.step import step_window
+    from linearize_kernels.window import bounded, chunk_window
+except ImportError:  # an exported model with no linearize, or one without bounds: the same files lie beside this one
+    from .quadratic import window_weights  # type: ignore[import-not-found,no-redef]
+    from .step import step_window  # type: ignore[import-not-found,no-redef]
+    from .window import bounded, chunk_window  # type: ignore[import-not-found,no-redef]
+
+    BOUNDED = False
 else:
-    plain_window_weights, plain_step_window = kernels.window_weights, kernels.step_window
-    plain_chunk_window = kernels.chunk_window
+    BOUNDED = True
+"""Whether the ops of linearize_kernels take a bound."""
 
-Window = tuple[torch.Tensor, torch.Tensor, torch.Tensor]
-
-
-def bounded(scores: torch.Tensor, cap: float | None) -> torch.Tensor:
-    """c tanh(s / c); None: the scores as they are. As in transformers' eager attention of Gemma 2."""
-    return scores if cap is None else (scores / cap).tanh() * cap
-
-
-def softmax_parts(scores: torch.Tensor, cap: float, seen: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """exp(s - largest), 0 where not `seen`, and the largest of each row [..., 1]; scores [..., rows, columns]."""
-    scores = bounded(scores, cap).masked_fill(~seen, float("-inf"))
-    largest = scores.amax(dim=-1, keepdim=True)
-    return (scores - largest).exp(), largest
-
-
-def chunk_window(
-    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, *, cap: float | None, window: int, scale: float, **sinks: Any
-) -> Window:
-    """Block-window softmax of whole sequences, unnormalised; arguments and outputs as linearize_kernels.chunk_window.
-
-    `sinks` are its sink_k, sink_v and first_block.
-    """
-    if cap is None:
-        found: Window = plain_chunk_window(q, k, v, window=window, scale=scale, **sinks)
-        return found
-    length = q.shape[3]
-    blocks = -(-length // window)
-    rest = (0, 0, 0, blocks * window - length)
-    q_b, k_b, v_b = (nnf.pad(x, rest).unflatten(-2, (blocks, window)) for x in (q, k, v))
-    k_b, v_b = (torch.cat((nnf.pad(x[:, :, :-1], (0, 0, 0, 0, 1, 0)), x), dim=3) for x in (k_b, v_b))
-    place = torch.arange(blocks * window, device=q.device).view(blocks, window, 1)
-    key = torch.arange(2 * window, device=q.device) + (place[:, :1] - window)
-    seen = (key <= place) & (key >= 0)  # [B, W, 2W]
-    scores = torch.einsum("nkrbid,nkbjd->nkrbij", q_b, k_b) * scale
-    sink_k, sink_v, first = sinks.get("sink_k"), sinks.get("sink_v"), sinks.get("first_block", 0)
-    if sink_k is not None:
-        first = first.view(-1, 1, 1) if isinstance(first, torch.Tensor) else first
-        block = first + torch.arange(blocks, device=q.device).view(1, -1, 1)
-        apart = torch.arange(sink_k.shape[2], device=q.device) // window < block - 1  # the others are in the window
-        apart = apart[:, None, None, :, None].expand(-1, 1, 1, -1, window, -1)
-        seen = torch.cat((seen.expand(len(apart), 1, 1, -1, -1, -1), apart), dim=-1)
-        scores = torch.cat((scores, torch.einsum("nkrbid,nkzd->nkrbiz", q_b, sink_k) * scale), dim=-1)
-    weights, largest = softmax_parts(scores, cap, seen)
-    out = torch.einsum("nkrbij,nkbjd->nkrbid", weights[..., : 2 * window], v_b)
-    if sink_v is not None:
-        out = out + torch.einsum("nkrbiz,nkzd->nkrbid", weights[..., 2 * window :], sink_v)
-    total = weights.sum(dim=-1, keepdim=True)
-    out, total, largest = (x.flatten(3, 4)[:, :, :, :length] for x in (out, total, largest))
-    return out, total, largest
-
-
-def step_window(
-    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, seen: torch.Tensor, *, cap: float | None, scale: float
-) -> Window:
-    """The same of one query over stored keys; arguments and outputs as linearize_kernels.step_window."""
-    if cap is None:
-        found: Window = plain_step_window(q, k, v, seen, scale=scale)
-        return found
-    scores = torch.einsum("bkrd,bkmd->bkrm", q, k) * scale
-    weights, largest = softmax_parts(scores, cap, seen[:, None, None])
-    return torch.einsum("bkrm,bkmd->bkrd", weights, v), weights.sum(dim=-1, keepdim=True), largest
-
-
-def window_weights(
-    q: torch.Tensor, k: torch.Tensor, *, cap: float | None, scale: float, seen: torch.Tensor
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """The definition; arguments and outputs as linearize_kernels.window_weights."""
-    if cap is None:
-        found: tuple[torch.Tensor, torch.Tensor] = plain_window_weights(q, k, scale=scale, seen=seen)
-        return found
-    return softmax_parts(torch.einsum("nkrid,nkjd->nkrij", q, k) * scale, cap, seen)
+__all__ = ["BOUNDED", "attention_weights", "chunk_window", "softmax_attention", "step_window", "window_weights"]
 
 
 def attention_weights(

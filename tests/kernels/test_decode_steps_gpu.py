@@ -78,11 +78,12 @@ def error(got: torch.Tensor, want: torch.Tensor) -> float:
 
 
 @pytest.mark.parametrize("batch", [1, 3, 16])
-@pytest.mark.parametrize("name", list(SPECS))
+@pytest.mark.parametrize(("name", "softcap"), [*((name, None) for name in SPECS), ("lolcats", 1.5), ("codes", 1.5)])
 @torch.no_grad()
-def test_two_tokens(name: str, batch: int) -> None:
+def test_two_tokens(name: str, softcap: float | None, batch: int) -> None:
     draw = torch.Generator("cuda").manual_seed(batch)
     mixer, cache = build(SPECS[name], batch, draw)
+    mixer.softcap = softcap
     given = [call(batch, draw) for _ in range(2)]
 
     exact, other = copy.deepcopy(mixer).double(), copy.deepcopy(cache)

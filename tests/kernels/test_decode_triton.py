@@ -20,6 +20,8 @@ from tests.specs import all_specs
 pytest.importorskip("triton", reason="triton is for Linux alone")
 pytestmark = pytest.mark.usefixtures("interpreter")
 HIDDEN = 24
+BOUNDS = (0.2, 3.0)
+"""Of scores of about 1: most are so far beyond the first that tanh is 1; the second bends a few."""
 SMALL: dict[str, Any] = {"window": 16, "sinks": 0}
 EXTRA: dict[str, dict[str, Any]] = {
     **{f"map-{name}": {"feature_map": name, "normaliser": "none", "mix": "sum", **SMALL} for name in MAPS},
@@ -151,15 +153,17 @@ def test_steps_are_the_torch_steps(name: str, monkeypatch: pytest.MonkeyPatch) -
 
 
 @pytest.mark.parametrize(
-    ("name", "batch"),
-    [("pure", 2), ("pure", 5), ("wide-codes", 2), ("wide-codes", 5), ("wide-crelu", 2), ("wide-fixed", 5)],
-)
+    ("name", "batch", "bound"),
+    [("pure", 2, None), ("pure", 5, None), ("pure", 2, BOUNDS[0]), ("wide-codes", 2, None), ("wide-codes", 5, None),
+     ("wide-crelu", 2, None), ("wide-fixed", 5, None)],
+)  # fmt: skip
 @torch.no_grad()
-def test_wide_maps(name: str, batch: int, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_wide_maps(name: str, batch: int, bound: float | None, monkeypatch: pytest.MonkeyPatch) -> None:
     """Features in three tiles, the last cut off; few sequences, and more; one query head a state, or two."""
     spec, heads, kv_heads = WIDE_SPECS[name]
     monkeypatch.setattr(decode, "WIDE", 32)
     mixer, x = build(spec, heads, kv_heads, 12), tokens(7, batch, heads, kv_heads, 12)
+    mixer.softcap = bound
     rule = step_rule(mixer.spec, mixer.head_dim, mixer.state_heads, mixer.scaling, True)
     assert decode.wide(rule)
     compare(mixer, x, (2, 4), monkeypatch)
@@ -191,6 +195,26 @@ def test_own_projections(changes: dict[str, Any], turned: int, inside: bool, mon
     assert len(made) == (3 if inside else 0)  # one a step
 
 
+@pytest.mark.parametrize("bound", BOUNDS)
+@pytest.mark.parametrize(
+    "name", ["lolcats", "pure", "softmax-window-sinks", "window-alone", "gated-delta-lagged", "lagged-own-mass"]
+)
+@torch.no_grad()
+def test_bounded_scores(name: str, bound: float, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of the window, of sinks and of the token itself, in one launch."""
+    spec = SPECS[name]
+    mixer, x = build(spec, 2, 1, 8), tokens(3 * spec.window + 2, 1, 2, 1, 8)
+    mixer.softcap = bound
+    compare(mixer, x, (spec.window + 1, 2 * spec.window - 2), monkeypatch)
+
+
+def test_a_bound_is_more_than_zero() -> None:
+    rule = step_rule(SPECS["lolcats"], 8, 1, 0.3, True)
+    assert decode.unable(replace(rule, softcap=0.5), 8) is None
+    assert "bounded by more than 0, not by 0.0" in str(decode.unable(replace(rule, softcap=0.0), 8))
+
+
+@pytest.mark.parametrize("bound", [None, BOUNDS[0]])
 @pytest.mark.parametrize(
     ("changes", "heads", "kv_heads", "width"),
     [({}, 4, 2, 12), ({"feature_map": "elu", "feature_dim": None, "window": 5}, 3, 1, 6),
@@ -198,15 +222,21 @@ def test_own_projections(changes: dict[str, Any], turned: int, inside: bool, mon
 )  # fmt: skip
 @torch.no_grad()
 def test_split_steps(
-    changes: dict[str, Any], heads: int, kv_heads: int, width: int, monkeypatch: pytest.MonkeyPatch
+    changes: dict[str, Any],
+    heads: int,
+    kv_heads: int,
+    width: int,
+    bound: float | None,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     """Sequences that have read different numbers of tokens, through the two launches that a batch takes."""
     spec = replace(SPECS["lolcats"], **changes)
     length = 3 * spec.window + 1
     mixer, x = build(spec, heads, kv_heads, width), tokens(length, 2, heads, kv_heads, width)
+    mixer.softcap = bound
     from linearize_kernels.decode_triton import split_constants
 
-    rule = step_rule(mixer.spec, width, mixer.state_heads, mixer.scaling, True)
+    rule = step_rule(mixer.spec, width, mixer.state_heads, mixer.scaling, True, bound)
     sizes: dict[str, Any] = {"head_dim": width, "heads": heads, "kv_heads": kv_heads, "card": 0, "dtype": torch.float32}
     assert split_constants(rule, batch=2, **sizes) is not None
     assert split_constants(rule, batch=1, **sizes) is None

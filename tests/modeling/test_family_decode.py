@@ -11,7 +11,6 @@ import torch
 from linearize.modeling.cache_linearized import LinearizedCache, LinearStateLayer
 from linearize.modeling.family_table import FAMILIES
 from linearize.modeling.mixer import Mixer
-from linearize.modeling.mixer_decode import step_backend
 from linearize.modeling.mixer_spec import MixerSpec
 from linearize.modeling.rotary import rotate, unrotate
 from linearize_kernels.backend import HAS_TRITON, interpreting
@@ -41,13 +40,13 @@ def test_generate_is_the_same_by_replays(family: str, graphs: list[Replay]) -> N
         assert "sliding window" in student.decode_graph_reason and not graphs
 
 
-def mixer_of(spec: MixerSpec, backend: str, softcap: float | None = None) -> Mixer:
+def mixer_of(spec: MixerSpec, backend: str) -> Mixer:
     torch.manual_seed(1)
     sizes = {"hidden_size": HIDDEN, "num_heads": HEADS, "num_kv_heads": GROUPS, "head_dim": WIDTH}
     mixer = Mixer(spec, **sizes, scaling=WIDTH**-0.5)
     for p in mixer.parameters():
         p.data += 0.2 * torch.randn_like(p)
-    mixer.backend, mixer.softcap = backend, softcap
+    mixer.backend = backend
     return mixer
 
 
@@ -86,16 +85,6 @@ def test_the_decode_kernel_undoes_what_was_rotated(recipe: str, part: int | None
             found.append(mixer(*(x[:, :, a:b] for x in (q, k, v)), **options))
         outs[backend] = torch.cat(found, 1)
     torch.testing.assert_close(outs["triton"], outs["torch"], rtol=1e-5, atol=1e-5)
-
-
-def test_a_bound_on_scores_is_left_to_torch() -> None:
-    spec = replace(SPECS["lolcats"], window=16, feature_dim=16)
-    mixer = mixer_of(spec, "triton", softcap=0.5)
-    with pytest.raises(ValueError, match="bound on attention scores has no kernel"):
-        step_backend(mixer, torch.zeros(1, HEADS, 1, WIDTH))
-    q, k, v = (torch.zeros(1, n, 20, WIDTH) for n in (HEADS, GROUPS, GROUPS))
-    with pytest.raises(ValueError, match="bound on attention scores has no kernel"):
-        mixer(q, k, v, inputs=torch.zeros(1, 20, HIDDEN), rotation=None)
 
 
 @torch.no_grad()
