@@ -277,7 +277,7 @@ def window_share(peak, near_ptr, near_at, near_live, window_weight, MIX: tl.cons
 
 
 def wide_case(arch, kernel, rows, **more):  # type: ignore[no-untyped-def]
-    """For the compile gate, bounded scores of 256 channels, as Gemma 2 has; on Ampere such tiles fit in no way."""
+    """For the compile gate, bounded scores of 256 channels, as Gemma 2 has; Ampere spills such tiles anyway."""
     return [] if arch < 90 else [gate_case(kernel, rows, "bounded, head of 256", D=256, BD=256, **more)]
 
 

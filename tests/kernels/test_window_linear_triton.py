@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import pytest
@@ -81,16 +82,16 @@ def compare(x: dict[str, torch.Tensor], tolerance: float = 5e-6, **options: Any)
     ("mix", "coverage"),
     [("shared", "outside"), *((mix, coverage) for mix in ("gate", "mass", "sum") for coverage in ("outside", "all"))],
 )
-def test_the_reference_is_the_definition(mix: str, coverage: str) -> None:
+@pytest.mark.parametrize("softcap", [None, 0.6])
+def test_the_reference_is_the_definition(mix: str, coverage: str, softcap: float | None) -> None:
     """Every weight of every pair, written out, for odd lengths."""
     for length in (1, 15, 16, 33, 70):
         x = tensors(heads=(4, 2), length=length, mix=mix)
         options: dict[str, Any] = {"window": 16, "mix": mix, "coverage": coverage, "sinks": 3, "window_weight": 0.3}
-        got = window_linear(**x, scale=0.3, backend="torch", **options)
-        seen = block_window_mask(length, 16, 3)
-        near, largest = (
-            y.flatten(1, 2) for y in window_weights(x["q"].unflatten(1, (2, -1)), x["k"], scale=0.3, seen=seen)
-        )
+        got = window_linear(**x, scale=0.3, softcap=softcap, backend="torch", **options)
+        seen, grouped = block_window_mask(length, 16, 3), x["q"].unflatten(1, (2, -1))
+        found = window_weights(grouped, x["k"], scale=0.3, seen=seen, softcap=softcap)
+        near, largest = (y.flatten(1, 2) for y in found)
         fq = apply_map(x["q"], "hedgehog_softmax", x["q_weight"], None)
         fk = apply_map(x["k"].repeat_interleave(2, dim=1), "hedgehog_softmax", x["k_weight"], None)
         causal = torch.ones(length, length, dtype=torch.bool).tril()
@@ -205,6 +206,7 @@ def test_segments(coverage: str) -> None:
         (3.0, "gate", {"length": 48, "heads": (3, 1)}, {"coverage": "all", "sinks": 5}),
         (2.0, "sum", {"length": 35, "heads": (4, 2), "shared_state": True}, {"window_weight": 0.3}),
         (2.0, "shared", {"length": 53}, {"train": "maps"}),
+        (1.0, "shared", {"length": 150, "heads": (2, 1)}, {"window": 64, "sinks": 2}),
     ],
 )
 def test_bounded_scores(softcap: float, mix: str, more: dict[str, Any], options: dict[str, Any]) -> None:
@@ -232,6 +234,27 @@ def test_a_bound_changes_the_output_where_there_is_a_window(backend: str) -> Non
     assert float((plain - bound).norm()) > 1e-2 * float(plain.norm())
     apart = [window_linear(**x, window=0, softcap=cap, **options) for cap in (None, 0.5)]
     assert torch.equal(*apart)
+
+
+@interpreted
+@pytest.mark.parametrize("softcap", [None, 2.0])
+def test_a_bound_is_a_constant_of_its_kernels(softcap: float | None, monkeypatch: pytest.MonkeyPatch) -> None:
+    """In base 2, as scores are; 0.0 where there is none, for which the compiler leaves all of it out."""
+    from linearize_kernels import window_linear_backward, window_linear_launch
+
+    made: dict[str, float] = {}
+
+    def watched(found: Any, kernel: Any, programs: Any, given: Any, constants: dict[str, Any], tag: str = "") -> None:
+        if "BOUND" in constants:
+            made[kernel.fn.__name__] = constants["BOUND"]
+        start(found, kernel, programs, given, constants, tag)
+
+    start = window_linear_launch.start
+    monkeypatch.setattr(window_linear_launch, "start", watched)
+    monkeypatch.setattr(window_linear_backward, "start", watched)
+    results(tensors(length=40), "triton", torch.float32, window=16, sinks=2, softcap=softcap)
+    names = ("read_kernel", "query_pairs_kernel", "key_pairs_kernel", "sink_pairs_kernel")
+    assert made == dict.fromkeys(names, 0.0 if softcap is None else pytest.approx(2.0 / math.log(2.0)))
 
 
 @interpreted
