@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
 from dataclasses import replace
 from typing import Any
 
@@ -13,19 +15,44 @@ FLOOR = 1e-12
 """Least attention weight whose logarithm is taken, and least mean square that is divided by."""
 
 
+@contextmanager
+def heads_alone(attention: Any) -> Iterator[None]:
+    """Within the block an attention module gives the outputs of its heads, [B, T, H D]: its o_proj does nothing."""
+    projection = attention.family.head_projection(attention)
+    if projection is None:
+        yield
+        return
+    before = projection.__dict__.get("forward")
+    projection.forward = lambda heads: heads
+    try:
+        yield
+    finally:
+        if before is None:
+            del projection.forward
+        else:
+            projection.forward = before
+
+
 def student_layer(
-    attention: nn.Module, layer: TeacherLayer, branches: str, *, weights: bool, real: Tensor | None = None
+    attention: nn.Module,
+    layer: TeacherLayer,
+    branches: str,
+    *,
+    weights: bool,
+    projected: bool = True,
+    real: Tensor | None = None,
 ) -> tuple[Tensor, ...]:
     """Run a student's attention on the teacher's input; `real` bool [B, T] tells padding to an encoder's.
 
-    Returns its heads [B, T, H, D], its output [B, T, hidden] and, with `weights`, its row weights [B, H, T, T] (else an
-    empty tensor).
+    Returns its heads [B, T, H, D], its output [B, T, hidden], which is that of the heads side by side unless
+    `projected`, and, with `weights`, its row weights [B, H, T, T] (else an empty tensor).
     """
     mixer: Any = attention.mixer
     mixer.branches, mixer.record, mixer.record_weights = branches, True, weights
     padding = {} if real is None else {"mixer_real": real}
     try:
-        output = attention(layer.hidden_states, **layer.kwargs, **padding)[0]
+        with nullcontext() if projected else heads_alone(attention):
+            output = attention(layer.hidden_states, **layer.kwargs, **padding)[0]
         return mixer.last_output, output, mixer.last_weights if weights else output.new_empty(0)
     finally:
         mixer.branches, mixer.record, mixer.record_weights = "full", False, False
@@ -53,7 +80,8 @@ def layer_loss(
     weights: mean over rows of -sum_j a*_j log a_j
     hidden:  mean over tokens of |o - o*|_2 / sqrt(hidden), after o_proj
     """
-    heads, output, weights = student_layer(attention, layer, branches, weights=objective == "weights", real=real)
+    how = {"weights": objective == "weights", "projected": objective == "hidden"}
+    heads, output, weights = student_layer(attention, layer, branches, **how, real=real)
     if real is not None:
         layer = replace(
             layer,
@@ -74,13 +102,14 @@ def joint_loss(attention: nn.Module, layer: TeacherLayer, objective: str) -> tup
     mixer: Any = attention.mixer
     mixer.record = True
     try:
-        output = attention(layer.hidden_states, **layer.kwargs)[0]
+        with nullcontext() if objective == "hidden" else heads_alone(attention):
+            output = attention(layer.hidden_states, **layer.kwargs)[0]
         heads, linear = mixer.last_output, mixer.last_linear.to(output.dtype)
     finally:
         mixer.record, mixer.last_output, mixer.last_linear = False, None, None
     loss, error = _distance(heads, output, output.new_empty(0), layer, objective)
-    projected = attention.family.project_heads(attention, linear)  # type: ignore[union-attr, operator]
     if objective == "hidden":
+        projected = attention.family.project_heads(attention, linear)  # type: ignore[union-attr, operator]
         return loss + _apart(projected, layer).mean() * output.shape[-1] ** -0.5, error
     return loss + normalised_error(linear, layer.heads), error
 

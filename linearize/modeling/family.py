@@ -159,10 +159,14 @@ class Family:
 
     def project_heads(self, attention: Any, heads: Any) -> Any:
         """What the attention module gives for the outputs of its heads [B, T, H, D]."""
-        inside = f"{self.attention}."
-        path = self.projections["o_proj"]
+        projection = self.head_projection(attention)
         flat = heads.flatten(-2)
-        return attrgetter(path.removeprefix(inside))(attention)(flat) if path.startswith(inside) else flat
+        return flat if projection is None else projection(flat)
+
+    def head_projection(self, attention: Any) -> Any:
+        """The attention module's own o_proj, or None where it is a part of another module."""
+        inside, path = f"{self.attention}.", self.projections["o_proj"]
+        return attrgetter(path.removeprefix(inside))(attention) if path.startswith(inside) else None
 
     def plain_head(self, config: Any) -> bool:
         """Whether logits are the head's output as it is."""

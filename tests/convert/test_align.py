@@ -225,6 +225,32 @@ def test_losses_by_hand(make_teacher: Callable[..., Any]) -> None:
     assert attention.mixer.branches == "full" and attention.mixer.last_output is None
 
 
+def test_o_proj_runs_only_where_what_it_gives_is_compared(make_teacher: Callable[..., Any]) -> None:
+    teacher = make_teacher("llama")
+    student = student_of(teacher, {1}, ALL["mass-own"])
+    attention = dict(attention_layers(student))[0]
+    layer = take(teacher, [0], ids())[0]
+    plain, runs = attention.o_proj.forward, []
+
+    def counted(heads: torch.Tensor) -> torch.Tensor:
+        runs.append(heads.shape)
+        return plain(heads)
+
+    attention.o_proj.forward = counted  # as libraries wrap a module's forward
+    with torch.no_grad():
+        for objective in ("output", "weights"):
+            layer_loss(attention, layer, "full", objective)
+        joint_loss(attention, layer, "output")
+        assert runs == [] and attention.o_proj.forward is counted
+        layer_loss(attention, layer, "full", "hidden")
+        assert len(runs) == 1
+        joint_loss(attention, layer, "hidden")
+        assert len(runs) == 3  # the mix, and the linear branch alone
+    del attention.o_proj.forward
+    layer_loss(attention, layer, "full", "output")
+    assert "forward" not in attention.o_proj.__dict__
+
+
 def test_branches_and_dropped_windows() -> None:
     assert branches_of(Align(branch="both"), hidden=False) == ("full", "linear")
     assert branches_of(Align(branch="both"), hidden=True) == branches_of(Align(branch="linear"), hidden=False)
