@@ -37,7 +37,10 @@ SUMMARY = {
     "memcheck": re.compile(r"ERROR SUMMARY: (\d+) errors?$", re.MULTILINE),  # another line counts those not printed
     "racecheck": re.compile(r"RACECHECK SUMMARY: (\d+) hazards? displayed"),
 }
+OWN_FAILURE = re.compile(r"^=+ (Internal Sanitizer Error.*)$", re.MULTILINE)
+"""What a tool says of itself; the case then ends in an error that it would not have had, which is no finding."""
 FINDING = re.compile(r"^=+ ((?:Invalid|Misaligned|Error|Warning|Race|Out-of|Fatal|Program hit).*)$", re.MULTILINE)
+ENDED = "Error: process didn't terminate successfully"
 SHARE = 0.5
 """Of the time, that the first runs, without a tool, may take."""
 
@@ -54,6 +57,9 @@ def verdict(tool: str, said: str, code: int | None) -> tuple[str, str]:
     finding = FINDING.search(said)
     words = finding.group(1).strip()[:110] if finding else ""
     summary = SUMMARY[tool].search(said)
+    own = OWN_FAILURE.search(said)
+    if own is not None and all(other.startswith(ENDED) for other in FINDING.findall(said)):
+        return "failed", own.group(1).strip()[:110]
     if code is None:
         return ("errors", words) if words else ("not finished", "")
     if summary is None:

@@ -41,13 +41,13 @@ def layer(build: Build) -> None:
         torch.autograd.grad(subject.maps_forward(), chosen, upstream)
 
 
-def step(recipe: str, batch: int = 2) -> None:
+def step(recipe: str, batch: int = 2, heads: int = SHAPE.heads) -> None:
     """Two tokens of a layer: the one that ends a block, and the next. Larger batches take other kernels."""
     from benchmarks.kernels_decode import our_layers
     from linearize.recipe import load_recipe
     from linearize_kernels.decode import settle
 
-    sizes: dict[str, Any] = {"heads": SHAPE.heads, "kv_heads": SHAPE.kv_heads, "spec": load_recipe(recipe).mixer}
+    sizes: dict[str, Any] = {"heads": heads, "kv_heads": SHAPE.kv_heads, "spec": load_recipe(recipe).mixer}
     with torch.no_grad():
         ((mixer, cache),), token, call = our_layers(batch, 2 * SHAPE.window - 1, "cuda", layers=1, **sizes)
         for _ in range(2):
@@ -91,6 +91,7 @@ def cases() -> dict[str, Callable[[], None]]:
         "decode, lolcats": partial(step, "lolcats"),
         "decode, lolcats, 8 sequences": partial(step, "lolcats", 8),
         "decode, pure": partial(step, "pure"),
+        "decode, pure, four heads a state": partial(step, "pure", heads=8),
         "decode, gated-deltanet": partial(step, "gated-deltanet"),
         "distillation loss": distill,
     }

@@ -14,6 +14,9 @@ DONE = '{"kernels": ["scan_kernel"]}\n'
 CLEAN = f"{DONE}========= ERROR SUMMARY: 0 errors\n"
 INVALID = "========= Invalid __global__ write of size 2 bytes\n=========     at scan_kernel+0x80\n"
 MORE = "========= ERROR SUMMARY: 108 errors were not printed. Use --print-limit option to adjust the number\n"
+OWN = "========= Internal Sanitizer Error: The Sanitizer failed to handle a hardware exception.\n"
+ENDED = "========= Error: process didn't terminate successfully\n"
+ONE = "========= RACECHECK SUMMARY: 1 hazard displayed (1 error)\n"
 RACE = "========= Error: Race reported between Write access at a and Read access at b [128 hazards]\n"
 
 
@@ -28,6 +31,8 @@ RACE = "========= Error: Race reported between Write access at a and Read access
         ("memcheck", "", None, "not finished", ""),
         ("memcheck", INVALID, None, "errors", "Invalid __global__ write"),
         ("racecheck", f"{DONE}========= RACECHECK SUMMARY: 0 hazards displayed (0 errors)\n", 0, "clean", ""),
+        ("racecheck", f"{OWN}RuntimeError: x\n{ENDED}{ONE}", 1, "failed", "Internal Sanitizer Error"),
+        ("racecheck", f"{RACE}{OWN}{ENDED}{ONE}", 1, "errors", "1: Error: Race"),
         (
             "racecheck",
             f"{RACE}{DONE}========= RACECHECK SUMMARY: 1 hazard displayed (1 error)\n",
