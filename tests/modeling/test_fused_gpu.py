@@ -61,7 +61,7 @@ def everything(mixer: Mixer, x: dict[str, torch.Tensor]) -> dict[str, torch.Tens
 
 
 def error(found: torch.Tensor, exact: torch.Tensor) -> float:
-    return float((found.double() - exact).norm() / exact.norm().clamp_min(1e-12))
+    return float((found.detach().double() - exact).norm() / exact.norm().clamp_min(1e-12))
 
 
 @pytest.mark.parametrize(
