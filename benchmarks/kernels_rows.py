@@ -164,10 +164,15 @@ def figure(row: Row) -> str:
 
 
 def ratios(row: Row, mine: Row | None) -> str:
-    """How many times a peer takes the time and the memory of ours; "" where one of the two has no figure."""
+    """How many times a peer takes the time and the memory of ours; "" where one of the two has no figure.
+
+    Where both count tokens, the time is that of a token: each may have answered a batch of its own size.
+    """
     if mine is None or row.get("ms") is None:
         return ""
-    said = f"  {row['ms'] / mine['ms']:.2f}x"
+    counted = "tokens_per_s" in row and "tokens_per_s" in mine
+    times = mine["tokens_per_s"] / row["tokens_per_s"] if counted else row["ms"] / mine["ms"]
+    said = f"  {times:.2f}x"
     if row.get("peak_bytes") and mine.get("peak_bytes"):
         said += f" (memory {row['peak_bytes'] / mine['peak_bytes']:.2f}x)"
     return said

@@ -143,6 +143,11 @@ def test_the_latest_figure_counts_and_peers_are_ratios() -> None:
     text = kernels_rows.table(chosen)
     assert "4.50x (memory 2.00x)" in text and text.index("linearize") < text.index("SDPA")
     assert "layer, fla (4x8192 forward; 4x8192 both): refused after 7 s: not on this card" in text
+    answers = [
+        row(ms=1000.0, tokens_per_s=900.0),
+        row(ms=50.0, tokens_per_s=300.0, implementation="softmax"),
+    ]  # a smaller batch, sooner answered
+    assert "300 tokens/s  3.00x" in kernels_rows.table(answers)
     later = row(ms=None, sources="new", status="failed", note="died")
     assert kernels_rows.latest([*rows, later])["card", "layer", "linearize", "4x8192", "forward"] is later
 
