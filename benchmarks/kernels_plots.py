@@ -83,7 +83,7 @@ def draw_lines(axes: Any, lines: Mapping[str, Sequence[Point]], *, x: str, y: st
     axes.yaxis.set_major_formatter("{x:g}")
     axes.yaxis.set_minor_formatter("")
     ticks = sorted({point[0] for points in lines.values() for point in points})
-    axes.set_xticks(ticks, [f"{int(t) // 1024}k" if t >= 1024 else f"{int(t)}" for t in ticks])
+    axes.set_xticks(ticks, [f"{int(t)}" if t % 1024 else f"{int(t) // 1024}k" for t in ticks])
     axes.set_xlabel(x)
     axes.set_ylabel(y)
     axes.set_title(title, fontsize=10)
