@@ -19,6 +19,7 @@ from .window_linear_tiles import (
     PRECOMPUTED,
     SHARED,
     SOFTMAX,
+    WIDE,
     features,
     find_block,
     gate_case,
@@ -31,7 +32,6 @@ from .window_linear_tiles import (
     project_across,
     store_columns,
     through_map,
-    wide_case,
 )
 
 
@@ -254,13 +254,15 @@ def gate_cases(arch: int = 90):  # type: ignore[no-untyped-def]
     rough = tuning.window_linear_keys(arch, 128, 64, 64, torch.bfloat16)
     held = tuning.window_linear_keys(arch, 128, 64, 64, torch.bfloat16, bounded=True)
     large = tuning.window_linear_keys(arch, 256, 64, 64, torch.bfloat16, bounded=True)
+    wide = tuning.window_linear_values(arch, 256, 64, 64, torch.bfloat16)
     gemma = {"EVEN": False, "KEYS": 2, "BOUND": GEMMA}
     return [
         gate_case(key_pairs_kernel, keys, "keys, shared mix"),
         gate_case(key_pairs_kernel, rough, "keys, window alone", MAP=5, MIX=1),
         gate_case(key_pairs_kernel, held, "keys, bounded, shared mix", **gemma),
         gate_case(key_pairs_kernel, held, "keys, bounded, window alone", MAP=5, MIX=1, **gemma),
-        *wide_case(arch, key_pairs_kernel, large, **gemma),
+        gate_case(key_pairs_kernel, large, "bounded, head of 256", **gemma, **WIDE),
         gate_case(value_states_kernel, rows, "values"),
+        gate_case(value_states_kernel, wide, "values, head of 256", **WIDE),
         gate_case(value_states_kernel, rows, "values, a state for four heads", STATES=4),
     ]

@@ -18,13 +18,13 @@ from .window_linear_tiles import (
     NO_MAP,
     PRECOMPUTED,
     SHARED,
+    WIDE,
     find_block,
     gate_case,
     load_columns,
     load_rows,
     store_columns,
     through_map,
-    wide_case,
     window_share,
 )
 
@@ -267,5 +267,5 @@ def gate_cases(arch: int = 90):  # type: ignore[no-untyped-def]
         gate_case(query_pairs_kernel, rows, "window alone", absent=sinks[:2], MAP=5, MIX=1, TEAM=team),
         gate_case(query_pairs_kernel, held, "bounded, shared mix", absent=sinks, **gemma),
         gate_case(query_pairs_kernel, held, "bounded, window alone", absent=sinks[:2], MAP=5, MIX=1, **gemma),
-        *wide_case(arch, query_pairs_kernel, large, absent=sinks, **gemma),
+        gate_case(query_pairs_kernel, large, "bounded, head of 256", absent=sinks, **gemma, **WIDE),
     ]

@@ -276,17 +276,16 @@ def window_share(peak, near_ptr, near_at, near_live, window_weight, MIX: tl.cons
     return share
 
 
-def wide_case(arch, kernel, rows, **more):  # type: ignore[no-untyped-def]
-    """For the compile gate, bounded scores of 256 channels, as Gemma 2 has; Ampere spills such tiles anyway."""
-    return [] if arch < 90 else [gate_case(kernel, rows, "bounded, head of 256", D=256, BD=256, **more)]
-
-
 FLOAT32_POINTERS = frozenset((
     "first_ptr", "first_mass_ptr", "part_ptr", "part_mass_ptr", "masses_ptr", "last_ptr", "last_mass_ptr", "near_ptr",
     "peak_ptr", "total_ptr", "row_scale_ptr", "row_mass_ptr", "row_ptr", "shift_ptr", "far_ptr", "level_ptr",
     "d_peak_ptr", "grads_ptr", "bias_grads_ptr", "q_bias_ptr", "k_bias_ptr", "bias_ptr",
 ))  # fmt: skip
 INT32_POINTERS = frozenset(("sequences_ptr", "table_ptr", "pick_ptr"))
+
+
+WIDE = {"D": 256, "BD": 256}
+"""For the compile gate: heads of 256 channels, as Gemma has."""
 
 
 def gate_case(kernel, rows, label, *, absent=(), **constants):  # type: ignore[no-untyped-def]

@@ -10,6 +10,15 @@ import torch
 from .tuning import _tile
 
 
+def _is_wide_ampere(capability: int, channels: int, chunk: int, dtype: torch.dtype) -> bool:
+    """Heads of 256 on Ampere, where narrow tiles of a wide head spill thousands of bytes, and wide ones few or none."""
+    return capability in range(80, 90) and channels > 128 and chunk <= 64 and dtype != torch.float32
+
+
+_WIDE_AMPERE = {"num_warps": 8, "num_stages": 1, "maxnreg": 255}
+"""Told that it may take all registers, the assembler does; else it stops at half of them, or at 32, and spills."""
+
+
 def window_linear_scan(capability: int, channels: int, width: int, chunk: int, dtype: torch.dtype) -> dict[str, int]:
     """Value tile, how masses are summed, warps and stages of window_linear_scan_triton.scan_kernel."""
     by_dot = capability == 0 or dtype == torch.bfloat16  # float16 has no exponents to spare for gradients
@@ -42,6 +51,8 @@ def window_linear_read(capability: int, channels: int, width: int, chunk: int, d
     """
     if dtype == torch.float32 and channels > 64:  # four tiles of keys and values lie in shared memory
         return {"BV": 32, "PREFETCH": False, "num_warps": 8 if chunk > 64 or width > 64 else 4, "num_stages": 1}
+    if _is_wide_ampere(capability, channels, chunk, dtype):
+        return {"BV": 128, "PREFETCH": False, **_WIDE_AMPERE}
     large = chunk > 64 or width > 64 or capability in range(80, 90)
     return {
         "BV": _tile(channels, 64 if large or channels > 128 else 128),
@@ -101,6 +112,8 @@ def window_linear_queries(
 
     bounded: scores are, which leaves registers for half of 128 channels; Ampere has them for all.
     """
+    if _is_wide_ampere(capability, channels, chunk, dtype):
+        return {"BN": 128, **_WIDE_AMPERE}
     small = width > 64 or channels > 128 or (bounded and capability not in range(80, 90))
     tile = _tile(channels, 64 if small else 128)
     warps = 8 if chunk > 64 or channels > 128 or capability in range(80, 90) else 4
@@ -121,6 +134,8 @@ def window_linear_keys(
 
     even: every sequence has whole blocks. bounded: scores are, which takes registers.
     """
+    if _is_wide_ampere(capability, channels, chunk, dtype):
+        return {"BN": 128, "BQ": min(chunk, 32), **_WIDE_AMPERE}
     tile = _tile(channels, 64 if width > 64 or channels > 128 else 128)
     stages = 3 if even and _is_llama(capability, channels, width, chunk, dtype) else 2
     queries = 16 if bounded and tile > 64 and capability not in range(80, 90) else 32
@@ -129,4 +144,6 @@ def window_linear_keys(
 
 def window_linear_values(capability: int, channels: int, width: int, chunk: int, dtype: torch.dtype) -> dict[str, int]:
     """Tile of channels, warps and stages of window_linear_keys_triton.value_states_kernel."""
+    if _is_wide_ampere(capability, channels, chunk, dtype):
+        return {"BN": 64, **_WIDE_AMPERE}
     return {"BN": _tile(channels, 64 if width > 64 else 128), "num_warps": 8 if chunk > 64 else 4, "num_stages": 1}
