@@ -10,7 +10,7 @@ from linearize.modeling.family import PREFIX
 
 KINDS = {4: "4 bit (nf4)", 8: "8 bit (LLM.int8)"}
 """The kinds of bitsandbytes, by bits of a weight."""
-LEAST = "0.46.1"
+LEAST = "0.49.2"
 EXPERTS = ("mixtral", "qwen3_moe")
 """Families whose experts are tensors of their own kind, which bitsandbytes leaves as they are."""
 

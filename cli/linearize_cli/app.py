@@ -89,7 +89,7 @@ def _unexpected(error: Exception) -> int:
 def _with_suggestion(error: Any, message: str) -> str:
     """The message of a usage error with the nearest name in our words; versions of Typer suggest in several ways."""
     command = getattr(getattr(error, "ctx", None), "command", None)
-    if command is not None and hasattr(error, "possibilities"):  # an unknown option
+    if command is not None and hasattr(error, "option_name") and hasattr(error, "possibilities"):  # an unknown option
         typed = error.option_name
         known = {name for param in command.params for name in (*param.opts, *param.secondary_opts)}
         return f"No such option: {typed}.{_as_a_key(command, typed) or did_you_mean(typed, known | {'--help'})}"

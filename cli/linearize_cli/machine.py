@@ -30,14 +30,14 @@ class Optional:
 
 
 OPTIONAL = (
-    Optional(name="bitsandbytes", least=">=0.46.1", extra="quantize", purpose="teachers in few bits (--teacher-bits)"),
+    Optional(name="bitsandbytes", least=">=0.49.2", extra="quantize", purpose="teachers in few bits (--teacher-bits)"),
     Optional(name="datasets", least=">=3", extra="data", purpose="text from the Hub, .parquet and .csv (--data)"),
-    Optional(name="lm-eval", least=">=0.4.9", extra="eval", purpose="tasks of lm-evaluation-harness (eval --tasks)"),
+    Optional(name="lm-eval", least=">=0.4.12", extra="eval", purpose="tasks of lm-evaluation-harness (eval --tasks)"),
     Optional(name="matplotlib", least=">=3.8", extra="plots", purpose="plots of speed and memory (bench --plots)"),
-    Optional(name="tensorboard", least=">=2.16", extra="tracking", purpose="convert --report-to tensorboard"),
+    Optional(name="tensorboard", least=">=2.17", extra="tracking", purpose="convert --report-to tensorboard"),
     Optional(name="trackio", least=">=0.2", extra="tracking", purpose="convert --report-to trackio"),
     Optional(name="wandb", least=">=0.17", extra="tracking", purpose="convert --report-to wandb"),
-    Optional(name="triton", least=">=3.4", extra="", purpose="fused kernels on NVIDIA GPUs"),
+    Optional(name="triton", least=">=3.5", extra="", purpose="fused kernels on NVIDIA GPUs"),
 )
 
 

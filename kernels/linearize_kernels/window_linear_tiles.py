@@ -72,8 +72,9 @@ def ask_for(base, COUNT: tl.constexpr):
 def ask_for_rows(base, live, stride, D: tl.constexpr, BD: tl.constexpr, C: tl.constexpr):
     """The same for the rows of a tile, a line of 128 bytes at a time; for rows that are not `live` the first."""
     LINE: tl.constexpr = 1024 // base.dtype.element_ty.primitive_bitwidth
+    LINES: tl.constexpr = BD // LINE if BD > LINE else 1  # max() would be no constant in Triton 3.5
     row = tl.where(live, tl.arange(0, C), 0)
-    column = tl.minimum(tl.arange(0, max(BD // LINE, 1)) * LINE, D - 1)
+    column = tl.minimum(tl.arange(0, LINES) * LINE, D - 1)
     at = base + row[:, None] * stride + column[None, :]
     tl.inline_asm_elementwise(
         "prefetch.global.L2 [$1]; mov.u32 $0, 0;", "=r,l", [at.to(tl.int64, bitcast=True)],

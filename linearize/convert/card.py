@@ -13,6 +13,7 @@ from linearize._version import __version__
 from linearize.artifacts.download import pinned
 from linearize.artifacts.licence import OTHER, UNKNOWN, as_metadata
 from linearize.artifacts.quality import unmeasured
+from linearize.modeling.configuration_linearized import OLDEST
 from linearize.modeling.mixer_spec import MixerSpec
 from linearize.teacher_bits import KINDS
 
@@ -38,7 +39,7 @@ and the digests of teacher and text.
 
 ## Loading
 
-With linearize installed no code from this folder runs:
+transformers {oldest} or newer. With linearize installed no code from this folder runs:
 
 ```python
 import linearize
@@ -139,6 +140,7 @@ def _text(facts: Mapping[str, Any]) -> str:
         version=__version__,
         family=facts["family"],
         auto_class=facts["auto_class"],
+        oldest=".".join(map(str, OLDEST)),
         parameters=facts["parameters"],
         memory=_memory(facts),
         softmax=", ".join(map(str, softmax)) or "none",

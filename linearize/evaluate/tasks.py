@@ -25,7 +25,7 @@ from linearize.errors import LinearizeError, UsageError, did_you_mean
 from linearize.progress import tell
 from linearize.teacher_bits import require_comparison_bits
 
-INSTALL = "pip install 'lm-eval>=0.4.9'"
+INSTALL = "pip install 'lm-eval>=0.4.12'"
 PACKAGES = ("linearize", "lm_eval", "torch", "transformers", "datasets")
 _USUAL = (
     "`pretrained` model kwarg",

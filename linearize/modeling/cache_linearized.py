@@ -99,8 +99,6 @@ class LinearStateLayer(CacheLayerMixin):
     def get_max_length(self) -> int:
         return -1
 
-    get_max_cache_shape = get_max_length  # what transformers before 5.14 asks for
-
     def reset(self) -> None:
         self.tensors, self.workspace, self.unsettled = {}, {}, False
         self.seen, self.uniform, self.is_initialized = 0, 0, False
@@ -193,8 +191,6 @@ class FixedLayer(CacheLayerMixin):
 
     def get_max_length(self) -> int:
         return self.keys.shape[-2]
-
-    get_max_cache_shape = get_max_length
 
     def reorder_cache(self, beam_idx: torch.LongTensor) -> None:
         for x in (self.keys, self.values):

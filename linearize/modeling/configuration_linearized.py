@@ -12,12 +12,25 @@ import sys
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from functools import cache
-from importlib import import_module
+from importlib import import_module, metadata
 from typing import Any, ClassVar
 
 from .family_table import FAMILIES, PREFIX, lookup
 from .feature_maps import feature_size
 from .mixer_spec import AXES, MixerSpec
+
+OLDEST = (5, 14)
+"""The release of transformers from which on weights go by the names that this code knows."""
+
+
+def require_transformers(found: str) -> None:
+    """Raise ImportError for a version of transformers before OLDEST: some weights would come back random."""
+    if tuple(int(part) for part in found.split(".")[:2]) < OLDEST:
+        needed = ".".join(map(str, OLDEST))
+        raise ImportError(f"linearized models need transformers {needed} or newer, and this is {found}")
+
+
+require_transformers(metadata.version("transformers"))
 
 
 @dataclass(kw_only=True)

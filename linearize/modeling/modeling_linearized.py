@@ -71,7 +71,7 @@ class LinearAttentionMixin:
         self, hidden_states: torch.Tensor, *args: Any, mixer_layout: Layout | None = None, **kwargs: Any
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
         """As the native forward; the layer's state lies in the cache, padding in `mixer_layout`."""
-        given = dict(zip(self.family.arguments, args, strict=False)) | kwargs
+        given = {self.family.arguments[i]: value for i, value in enumerate(args)} | kwargs
         cache = given.pop(self.family.cache, None)
         call = {
             "inputs": hidden_states,

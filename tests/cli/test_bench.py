@@ -184,4 +184,4 @@ assert not {"torch", "transformers", "datasets", "lm_eval", "matplotlib", "numpy
     done = subprocess.run([sys.executable, "-c", code], env=source_env, cwd=tmp_path, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     assert "error: --tasks needs the package lm-eval, which is not installed" in done.stderr
-    assert "pip install 'lm-eval>=0.4.9'" in done.stderr and len(done.stderr.splitlines()) == 1
+    assert "pip install 'lm-eval>=0.4.12'" in done.stderr and len(done.stderr.splitlines()) == 1

@@ -56,7 +56,7 @@ def test_what_is_optional_and_missing_is_named_and_stops_nothing(
     monkeypatch.setattr(machine, "version", lambda name: None)
     report, err = examined(capsys)
     assert report["problems"] == []
-    for name in ("datasets>=3", "lm-eval>=0.4.9", "matplotlib>=3.8", "trackio>=0.2"):
+    for name in ("datasets>=3", "lm-eval>=0.4.12", "matplotlib>=3.8", "trackio>=0.2"):
         assert f"pip install '{name}'" in err and any(name in line for line in report["advice"])
     assert "datasets is not installed" in err and "All that a conversion needs is here." in err
 

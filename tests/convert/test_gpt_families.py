@@ -89,9 +89,7 @@ def folders(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
 @torch.no_grad()
 def test_published_files_are_read(family: str, folders: Callable[[str], Path]) -> None:
     plan = make_plan(folders(family), recipe=load_recipe("lolcats", SHORT))
-    assert {"gpt2": 3, "gpt_neox": 9, "opt": 0}[family] == len(plan["dropped"]) - plan["dropped"].keys().__contains__(
-        "x"
-    )
+    assert {"gpt2": 3, "gpt_neox": 9, "opt": 0}[family] == len(plan["dropped"])
     assert plan["trained"]["align"] > plan["new_parameters"] and plan["trained"]["finetune"] > plan["new_parameters"]
     found = inspect(folders(family), load_recipe("lolcats", SHORT))
     assert found["kv_heads"] == found["heads"] == 4 and found["break_even_context"] > 0

@@ -68,7 +68,7 @@ def weights(place: Path) -> dict[str, torch.Tensor]:
     [
         (["--teacher-bits", "5"], "--teacher-bits: 5 is not one of 4, 8. Use 8 or 4"),
         (["--teacher-bits", "4", "--stream"], "with --stream one layer is held at a time"),
-        (["--teacher-bits", "4"], "needs bitsandbytes, which is not installed. pip install 'bitsandbytes>=0.46.1'"),
+        (["--teacher-bits", "4"], "needs bitsandbytes, which is not installed. pip install 'bitsandbytes>=0.49.2'"),
         (["--teacher-bits", "8", "--plan"], "needs bitsandbytes, which is not installed"),
     ],
 )

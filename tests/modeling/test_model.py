@@ -14,7 +14,7 @@ import torch
 
 import linearize.modeling
 from linearize.modeling.cache_linearized import LinearizedCache
-from linearize.modeling.configuration_linearized import kv_bytes, linearized_config, state_bytes
+from linearize.modeling.configuration_linearized import kv_bytes, linearized_config, require_transformers, state_bytes
 from linearize.modeling.mixer_spec import MixerSpec
 from linearize.modeling.modeling_linearized import MODELS, attention_layers, set_branches
 from tests.modeling.families import FAMILIES, teacher
@@ -153,12 +153,13 @@ def test_told_state_bytes_are_the_real_ones(name: str) -> None:
     assert cache.state_bytes == state_bytes(student.config, dtype_bytes=4)
 
 
-def test_caches_serve_older_transformers_too() -> None:
-    """Before 5.14 a cache's layers were asked for their size by another name, which was abstract."""
-    from linearize.modeling.cache_linearized import FixedLayer, LinearStateLayer
-
-    assert LinearStateLayer().get_max_cache_shape() == LinearStateLayer().get_max_length() == -1
-    assert FixedLayer.get_max_cache_shape is FixedLayer.get_max_length
+def test_an_older_transformers_is_refused_by_name() -> None:
+    """From 5.14 on a GPT-NeoX's head goes by the name in our files; before, it would come back random."""
+    for fine in ("5.14.0", "5.23.0", "5.14.0.dev0", "6.0"):
+        require_transformers(fine)
+    for old in ("5.13.1", "4.57.6"):
+        with pytest.raises(ImportError, match=rf"need transformers 5\.14 or newer, and this is {old}"):
+            require_transformers(old)
 
 
 @torch.no_grad()

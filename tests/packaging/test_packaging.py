@@ -163,9 +163,20 @@ def test_floors_that_keep_users_safe(root):
     data = project(root)["project"]
     assert data["requires-python"] == ">=3.10"
     dependencies = {re.split(r"[<>=;]", line)[0]: line for line in data["dependencies"]}
-    assert ">=5.4" in dependencies["transformers"] and ">=2.9" in dependencies["torch"]
+    assert ">=5.14" in dependencies["transformers"] and ">=2.9" in dependencies["torch"]
     assert "platform_system == 'Linux'" in dependencies["triton"]
     assert not {"datasets", "lm-eval", "pydantic"} & set(dependencies)
+
+
+def test_every_lower_bound_is_listed(root):
+    """What CONTRIBUTING installs to try them all at once."""
+    pytest.importorskip("tomllib", reason="needs Python 3.11")
+    script = root / "tests" / "lower_bounds.py"
+    said = subprocess.run([sys.executable, str(script)], capture_output=True, text=True, check=True).stdout.split()
+    assert all(re.fullmatch(r"[\w.-]+==[\w.]+", one) for one in said) and len(said) == len(set(said))
+    names = {one.partition("==")[0] for one in said}
+    assert {"torch", "transformers", "triton", "datasets", "bitsandbytes", "wandb"} <= names
+    assert not {"pytest", "ruff", "playwright"} & names
 
 
 def test_ci_script(root):
