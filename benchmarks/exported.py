@@ -19,6 +19,8 @@ from typing import Any
 import torch
 
 TOLERANCE = 1e-5
+NEVER = -80.0
+"""log of the rate of a decay that takes nothing away."""
 LENGTH = 200
 CUTS = (0, 1, 63, 64, 66, 129, 193, 194, LENGTH)
 
@@ -57,7 +59,8 @@ def causality(model: Any, ids: torch.Tensor) -> float:
 def pairs(model: Any, ids: torch.Tensor) -> float | str:
     """3. Where one denominator is shared, a row's weights over all causal pairs sum to one, none missing.
 
-    Queries are set to zero for this: no weight can then underflow, so that a zero is a pair left out.
+    Queries are set to zero for this, shares to what the window's own mass says, and nothing is forgotten: no weight can
+    then underflow and no gate round to one, so that a zero is a pair left out.
     """
     from linearize.modeling.modeling_linearized import attention_layers
 
@@ -67,12 +70,20 @@ def pairs(model: Any, ids: torch.Tensor) -> float | str:
     causal = torch.ones(LENGTH, LENGTH, dtype=torch.bool).tril()
     worst, missing = 0.0, False
     for module in modules:
-        kept = module.q_proj.weight.clone()
-        module.q_proj.weight.zero_()
+        neutral = {module.q_proj.weight: 0.0}
+        for name, parameter in module.mixer.named_parameters():
+            if name.startswith(("mix_gate.", "far_mass.", "q_own.")):
+                neutral[parameter] = 0.0
+            elif name == "decay.a_log":
+                neutral[parameter] = NEVER
+        kept = {parameter: parameter.clone() for parameter in neutral}
+        for parameter, value in neutral.items():
+            parameter.fill_(value)
         module.mixer.record_weights = True
         model(ids, use_cache=False)
         weights, module.mixer.record_weights, module.mixer.last_weights = module.mixer.last_weights, False, None
-        module.q_proj.weight.copy_(kept)
+        for parameter, was in kept.items():
+            parameter.copy_(was)
         missing |= bool((weights[..., causal] <= 0).any() or (weights[..., ~causal] != 0).any())
         worst = max(worst, (weights.sum(-1) - 1).abs().max().item())
     return "missing" if missing else worst
