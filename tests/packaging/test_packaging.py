@@ -23,7 +23,7 @@ def project(root: Path) -> dict:
     if sys.version_info >= (3, 11):
         import tomllib
     else:
-        tomllib = pytest.importorskip("tomli")
+        import tomli as tomllib  # pytest brings it there
     return tomllib.loads((root / "pyproject.toml").read_text())
 
 
@@ -168,10 +168,22 @@ def test_floors_that_keep_users_safe(root):
     assert not {"datasets", "lm-eval", "pydantic"} & set(dependencies)
 
 
+def test_what_the_code_asks_for_is_what_is_installed(root):
+    """Bounds that are said a second time: to a model without linearize, and to those who lack an extra."""
+    from linearize.evaluate.tasks import INSTALL
+    from linearize.modeling.configuration_linearized import OLDEST
+    from linearize.teacher_bits import LEAST
+
+    data = project(root)["project"]
+    extras = data["optional-dependencies"]
+    assert f"transformers>={OLDEST[0]}.{OLDEST[1]},<6" in data["dependencies"]
+    assert extras["eval"] == [INSTALL.split("'")[1]] and extras["quantize"] == [f"bitsandbytes>={LEAST}"]
+
+
 def test_every_lower_bound_is_listed(root):
     """What CONTRIBUTING installs to try them all at once."""
     pytest.importorskip("tomllib", reason="needs Python 3.11")
-    script = root / "tests" / "lower_bounds.py"
+    script = root / "tests" / "packaging" / "lower_bounds.py"
     said = subprocess.run([sys.executable, str(script)], capture_output=True, text=True, check=True).stdout.split()
     assert all(re.fullmatch(r"[\w.-]+==[\w.]+", one) for one in said) and len(said) == len(set(said))
     names = {one.partition("==")[0] for one in said}

@@ -1,6 +1,6 @@
 """Print the oldest version that pyproject.toml admits of everything a user may install, as pip takes them.
 
-pip install $(python tests/lower_bounds.py) -e '.[test]'
+pip install $(python tests/packaging/lower_bounds.py) -e '.[test]'
 """
 
 from __future__ import annotations
@@ -32,4 +32,4 @@ def lower_bounds(pyproject: Path) -> list[str]:
 
 
 if __name__ == "__main__":
-    print(" ".join(lower_bounds(Path(__file__).resolve().parent.parent / "pyproject.toml")))
+    print(" ".join(lower_bounds(Path(__file__).resolve().parents[2] / "pyproject.toml")))
