@@ -214,6 +214,25 @@ def blend_rows(width: int) -> dict[str, int]:
     return {"R": max(1, 2048 // channels), "BD": channels, "num_warps": 4}
 
 
+def rms_norm_rows(width: int) -> dict[str, int]:
+    """Rows R and padded channels BD of a program of rms_norm_triton, and its warps: 16 channels a thread."""
+    channels = max(16, 1 << (width - 1).bit_length())
+    rows = max(1, 2048 // channels)
+    return {"R": rows, "BD": channels, "num_warps": min(16, max(1, rows * channels // 512))}
+
+
+def gated_unit_stretch(width: int) -> dict[str, int]:
+    """Columns and warps of a program of gated_unit_triton."""
+    return {"STRETCH": min(2048, max(16, 1 << (width - 1).bit_length())), "num_warps": 4}
+
+
+def rotate_heads(heads: int, turned: int) -> dict[str, int]:
+    """Heads R of a program of rotate_triton, and its warps: a thread turns up to eight pairs."""
+    pairs = max(1, 1 << (turned // 2 - 1).bit_length()) if turned > 2 else 1
+    rows = min(32, 1 << (heads - 1).bit_length(), max(1, 2048 // pairs))
+    return {"R": rows, "num_warps": min(8, max(1, rows * pairs // 256))}
+
+
 def gated_delta_chunk(capability: int, features: int, dtype: torch.dtype) -> int:
     """Tokens of a chunk of the gated delta rule: its system is solved at once, its states are stored."""
     return 32 if dtype == torch.float32 else 64
