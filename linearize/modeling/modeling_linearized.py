@@ -22,6 +22,7 @@ from .decode_graph import DecodeGraph, why_not
 from .family_table import FAMILIES, Family
 from .layout import Layout, document_mask, packed_layout, padded_layout
 from .mixer import BRANCHES, Mixer
+from .pointwise import quick_class, quicken
 
 MIXER_ATTENTION = "linearized_mixer"
 
@@ -124,6 +125,7 @@ class LinearizedModelMixin(MixerInitMixin):
             if self.family.deaf_layers:
                 kind = type(layers[index])  # its name stays: transformers splits models by names of layers
                 layers[index].__class__ = type(kind.__name__, (LayoutLayerMixin, kind), {"family": self.family})
+        quicken(self)  # type: ignore[arg-type]
         self.post_init()  # type: ignore[attr-defined]
 
     def forward(
@@ -359,9 +361,9 @@ def family_classes(model_type: str) -> FamilyClasses:
     mixins = mixins_of(family)
 
     def make(kind: str, mixin: type, parent: str, **own: Any) -> Any:
-        name = f"Linearized{family.name}{kind}"
+        name, base = f"Linearized{family.name}{kind}", getattr(native, parent)
         own |= {"family": family, "__module__": __name__, "__doc__": f"{family.name}'s {parent}, with linear layers."}
-        return type(name, (mixin, getattr(native, parent)), own)
+        return type(name, (mixin, quick_class(base) or base), own)
 
     attention = make("Attention", mixins[0], family.attention_class)
     config: dict[str, Any] = {"config_class": config_class(model_type)}
