@@ -90,10 +90,12 @@ def forward(
 
 
 def _size(width: int, turned: int, heads: int) -> dict[str, int]:
+    """Constants and options. Products and sums stay apart: one instruction for both would round once, torch twice."""
     size = rotate_heads(heads, turned)
     return {
         "D": width, "P": turned, "BP": triton.next_power_of_2(turned // 2),
         "BR": triton.next_power_of_2(max(1, width - turned)), "R": size["R"], "num_warps": size["num_warps"],
+        "enable_fp_fusion": False,
     }  # fmt: skip
 
 
@@ -105,6 +107,6 @@ def gate_cases() -> list[tuple[Any, dict[str, str], dict[str, Any], dict[str, in
     cases = []
     for width, turned, heads in ((128, 128, 32), (96, 32, 32), (256, 256, 8)):
         size = _size(width, turned, heads)
-        options = {"num_warps": size.pop("num_warps")}
+        options = {name: size.pop(name) for name in ("num_warps", "enable_fp_fusion")}
         cases.append((rotate_kernel, signature, size, options, f"D {width} P {turned}"))
     return cases
