@@ -70,6 +70,20 @@ def distill() -> None:
     distill_loss(**made, labels=labels, backend="triton")[0].backward()
 
 
+def pointwise() -> None:
+    """Norms, gated units and rotations of the native code."""
+    from linearize_kernels.gated_unit import gated_unit
+    from linearize_kernels.rms_norm import rms_norm
+    from linearize_kernels.rotate import rotate
+
+    x = drawn(30, 1000, device="cuda", seed=0).bfloat16()
+    rms_norm(x, x[0], 1e-6, backend="triton")
+    gated_unit(*x.chunk(2, dim=-1), "silu", backend="triton")
+    q, k = (drawn(2, n, 50, 96, device="cuda", seed=n).bfloat16() for n in (6, 2))
+    cos, sin = (drawn(1, 50, 32, device="cuda", seed=n).bfloat16() for n in (8, 9))
+    rotate(q, k, cos, sin, backend="triton")
+
+
 def planted(name: str) -> None:
     """A kernel with a fault."""
     run = torch.cuda._compile_kernel(PLANTED, name)
@@ -94,6 +108,7 @@ def cases() -> dict[str, Callable[[], None]]:
         "decode, pure, four heads a state": partial(step, "pure", heads=8),
         "decode, gated-deltanet": partial(step, "gated-deltanet"),
         "distillation loss": distill,
+        "norm, gated unit, rotation": pointwise,
     }
 
 

@@ -91,7 +91,7 @@ def forward(
 
 def _size(width: int, turned: int, heads: int) -> dict[str, int]:
     """Constants and options. Products and sums stay apart: one instruction for both would round once, torch twice."""
-    size = rotate_heads(heads, turned)
+    size = rotate_heads(heads, width)
     return {
         "D": width, "P": turned, "BP": triton.next_power_of_2(turned // 2),
         "BR": triton.next_power_of_2(max(1, width - turned)), "R": size["R"], "num_warps": size["num_warps"],

@@ -226,11 +226,11 @@ def gated_unit_stretch(width: int) -> dict[str, int]:
     return {"STRETCH": min(2048, max(16, 1 << (width - 1).bit_length())), "num_warps": 4}
 
 
-def rotate_heads(heads: int, turned: int) -> dict[str, int]:
-    """Heads R of a program of rotate_triton, and its warps: a thread turns up to eight pairs."""
-    pairs = max(1, 1 << (turned // 2 - 1).bit_length()) if turned > 2 else 1
-    rows = min(32, 1 << (heads - 1).bit_length(), max(1, 2048 // pairs))
-    return {"R": rows, "num_warps": min(8, max(1, rows * pairs // 256))}
+def rotate_heads(heads: int, width: int) -> dict[str, int]:
+    """Heads R of a program of rotate_triton, and its warps: 16 channels a thread."""
+    channels = max(16, 1 << (width - 1).bit_length())
+    rows = min(32, 1 << (heads - 1).bit_length(), 4096 // channels)
+    return {"R": rows, "num_warps": min(8, max(1, rows * channels // 512))}
 
 
 def gated_delta_chunk(capability: int, features: int, dtype: torch.dtype) -> int:

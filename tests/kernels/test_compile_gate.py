@@ -31,7 +31,10 @@ MAIN_MODULES = {
     "distill": "distill_triton",
     "gated_delta": "gated_delta_scan_triton",
     "gated_map": "gated_map_out_triton",
+    "gated_unit": "gated_unit_triton",
     "gated": "gated_out_triton",
+    "rms_norm": "rms_norm_triton",
+    "rotate": "rotate_triton",
     "unrotate": "unrotate_triton",
     "window_linear": "window_linear_read_triton",
 }
