@@ -76,7 +76,7 @@ def gated_linear(
         g = None if log_decay is None else _rows(log_decay.float())
         first = None if state is None else state.float().contiguous()
         run = forward if unseen(q, k, v, g, first, cu_seqlens) else gated_linear_op
-        out, _, last = run(q, k, v, g, first, cu_seqlens, float(scale), norm, chunk if lag else 0, return_state)
+        out, _, last, _ = run(q, k, v, g, first, cu_seqlens, float(scale), norm, chunk if lag else 0, return_state)
     elif cu_seqlens is None:
         out, last = _torch(q, k, v, log_decay, float(scale), norm, state, lag, chunk)
     else:

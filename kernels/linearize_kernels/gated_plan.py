@@ -153,16 +153,22 @@ class Plan:
         cu_seqlens from the host; chunks beyond the last have empty bounds.
         """
         if self.cu_seqlens is None:
-            return None, None, -(-self.length // size) + self.lag
+            return None, None, self.count(size)
         if size not in self.tables:
             self.tables[size] = self._packed_chunks(self.cu_seqlens, size)
         return self.tables[size]
+
+    def count(self, size: int) -> int:
+        """NT, of chunks of `size` tokens."""
+        if self.cu_seqlens is None:
+            return -(-self.length // size) + self.lag
+        return self.length // size + self.sequences * (1 + int(self.lag))
 
     def _packed_chunks(self, cu_seqlens: torch.Tensor, size: int) -> tuple[torch.Tensor, torch.Tensor, int]:
         ends = cu_seqlens.to(torch.int64)
         number = (ends.diff() + size - 1) // size + int(self.lag)
         offsets = torch.cat((number.new_zeros(1), number.cumsum(0)))
-        count = self.length // size + self.sequences * (1 + int(self.lag))
+        count = self.count(size)
         chunk = torch.arange(count, device=ends.device)
         sequence = torch.searchsorted(offsets, chunk, right=True) - 1
         real = sequence < self.sequences

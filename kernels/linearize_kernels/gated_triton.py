@@ -1,7 +1,7 @@
 """Gated linear attention as one operator for autograd and torch.compile: states, outputs, and their gradients.
 
-The forward pass keeps its inputs, its output and the denominators; states are computed again on the way back, which
-costs a scan of k and v and saves F V / C numbers a token and head.
+The forward pass keeps its inputs, its output and the denominators, and under a decay per channel the chunks' scores, C
+numbers a token and head; states are computed again on the way back, which costs a scan of k and v and saves F V / C.
 """
 
 import torch
@@ -72,8 +72,8 @@ def forward(
     norm: bool,
     lag: int,
     return_state: bool,
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Output [B, H, T, V], denominators [B, H, T] and last state, the latter two empty where there are none.
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Output [B, H, T, V]; denominators [B, H, T], last state and scores [B, H, NT, C, C], empty where there are none.
 
     lag: tokens of a block, where queries read the state of two blocks ago; 0: no lag.
     """
@@ -82,12 +82,12 @@ def forward(
     if g is not None and at_hand(plan, q.dtype):
         made = prepare(plan, q, k, g, chunk=chunk)
         out, final = gated_channel_scan_triton.outputs(plan, made, v, state, chunk=chunk, want_final=return_state)
-        return out, final.new_empty(0), final
+        return out, final.new_empty(0), final, made[3]
     if g is not None and plan.decay == "channel":
         g = running_sums(plan, g, chunk)
     states, z_states, final = scan(plan, k, v, g, state, chunk=chunk, reverse=False, want_final=return_state)
     out, den = outputs(plan, q, k, v, g, states, z_states, chunk=chunk)
-    return out, den, final
+    return out, den, final, q.new_empty(0)
 
 
 gated_linear_op = torch.library.custom_op("linearize::gated_linear", forward, mutates_args=())
@@ -100,7 +100,12 @@ def _(q, k, v, g, state, cu_seqlens, scale, norm, lag, return_state):  # type: i
     den = q.new_empty((batch, heads, length) if norm else (0,), dtype=torch.float32)
     sequences = batch if cu_seqlens is None else cu_seqlens.shape[0] - 1
     last = (sequences, k.shape[1], k.shape[3], v.shape[3] + norm)
-    return out, den, q.new_empty(last if return_state else (0,), dtype=torch.float32)
+    plan = make_plan(q, k, v, g, cu_seqlens, scale, norm, lag)
+    scores: tuple[int, ...] = (0,)
+    if g is not None and at_hand(plan, q.dtype):
+        chunk = gated_chunk(plan.capability, plan.features, plan.values, q.dtype, plan.decay, backward=False)
+        scores = (batch, heads, plan.count(chunk), chunk, chunk)
+    return out, den, q.new_empty(last if return_state else (0,), dtype=torch.float32), q.new_empty(scores)
 
 
 @torch.library.custom_op("linearize::gated_linear_backward", mutates_args=())
@@ -113,6 +118,7 @@ def gated_linear_backward_op(
     cu_seqlens: torch.Tensor | None,
     out: torch.Tensor,
     den: torch.Tensor,
+    scores: torch.Tensor,
     d_out: torch.Tensor,
     d_final: torch.Tensor | None,
     scale: float,
@@ -125,7 +131,7 @@ def gated_linear_backward_op(
     plan = make_plan(q, k, v, g, cu_seqlens, scale, norm, lag)
     chunk = lag or gated_chunk(plan.capability, plan.features, plan.values, q.dtype, plan.decay, backward=True)
     if g is not None and at_hand(plan, q.dtype):
-        made = prepare(plan, q, k, g, chunk=chunk)
+        made = prepare(plan, q, k, g, chunk=chunk, scores=scores)
         states, d_states, dv, d_state = gated_channel_scan_triton.both_states(
             plan, made, v, d_out, state, d_final, chunk=chunk, want_first=want_state
         )
@@ -156,7 +162,7 @@ def gated_linear_backward_op(
 
 @gated_linear_backward_op.register_fake
 def _(  # type: ignore[no-untyped-def]
-    q, k, v, g, state, cu_seqlens, out, den, d_out, d_final, scale, norm, lag, want_g, want_state
+    q, k, v, g, state, cu_seqlens, out, den, scores, d_out, d_final, scale, norm, lag, want_g, want_state
 ):
     def like(x: torch.Tensor) -> torch.Tensor:
         batch, heads, length, width = x.shape
@@ -170,20 +176,20 @@ def _(  # type: ignore[no-untyped-def]
 
 def _keep(ctx, inputs, output) -> None:  # type: ignore[no-untyped-def]
     q, k, v, g, state, cu_seqlens, scale, norm, lag, _ = inputs
-    out, den, _ = output
-    ctx.save_for_backward(q, k, v, g, state, cu_seqlens, out, den)
+    out, den, _, scores = output
+    ctx.save_for_backward(q, k, v, g, state, cu_seqlens, out, den, scores)
     ctx.options = scale, norm, lag
     ctx.set_materialize_grads(False)
 
 
-def _backward(ctx, d_out, _d_den, d_final):  # type: ignore[no-untyped-def]
-    q, k, v, g, state, cu_seqlens, out, den = ctx.saved_tensors
+def _backward(ctx, d_out, _d_den, d_final, _d_scores):  # type: ignore[no-untyped-def]
+    q, k, v, g, state, cu_seqlens, out, den, scores = ctx.saved_tensors
     want_g = g is not None and ctx.needs_input_grad[3]
     want_state = state is not None and ctx.needs_input_grad[4]
     d_out = torch.zeros_like(out) if d_out is None else d_out
     d_out = d_out if d_out.stride(-1) == 1 else d_out.contiguous()
     dq, dk, dv, dg, d_state = torch.ops.linearize.gated_linear_backward(
-        q, k, v, g, state, cu_seqlens, out, den, d_out, d_final, *ctx.options, want_g, want_state
+        q, k, v, g, state, cu_seqlens, out, den, scores, d_out, d_final, *ctx.options, want_g, want_state
     )
     return dq, dk, dv, dg if want_g else None, d_state if want_state else None, None, None, None, None, None
 

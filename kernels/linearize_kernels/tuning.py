@@ -51,8 +51,8 @@ def gated_out(
     return {"BF": _tile(features, 64), "BV": _tile(values, 128), "num_warps": 8, "num_stages": stages}
 
 
-def gated_prepare(capability: int, features: int, dtype: torch.dtype) -> dict[str, int]:
-    """Feature tile, warps and stages of gated_channel_prepare_triton.prepare_kernel."""
+def gated_prepare(capability: int, features: int, dtype: torch.dtype, *, pairs: bool) -> dict[str, int]:
+    """Feature tile, warps and stages of gated_channel_prepare_triton.prepare_kernel, with its products or without."""
     wide = capability >= 90 and dtype != torch.float32
     return {"BF": _tile(features, 64 if wide else 32), "num_warps": 4, "num_stages": 1}
 
