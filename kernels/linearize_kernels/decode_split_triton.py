@@ -18,26 +18,28 @@ import triton.language as tl
 from .decode_maps_triton import activate, exact_dot
 from .softcap_triton import bounded
 
-MAP_TILE = tl.constexpr(32)
-"""Head channels of a projection that are multiplied at once."""
+FOLD_TILE = tl.constexpr(32)
+"""Head channels of a projection that are multiplied at once where a block enters the state."""
 
 
 @triton.jit
 def _projected(
     x, weight, bias, h, of, D: tl.constexpr, DP: tl.constexpr, F: tl.constexpr, FP: tl.constexpr, COLUMNS: tl.constexpr,
-    LEARNED: tl.constexpr, BIASED: tl.constexpr,
+    LEARNED: tl.constexpr, BIASED: tl.constexpr, TILE: tl.constexpr, WAIT: tl.constexpr,
 ):  # fmt: skip
     """W^T x + b of head h, [FP, COLUMNS] float32: x addresses of vectors [COLUMNS, D], weight [H, D, F].
 
-    Some channels at a time, for registers are few. Without a projection x itself.
+    TILE channels at a time, for registers are few. Without a projection x itself. WAIT: x may be there only after the
+    launch before this one.
     """
     if LEARNED:
-        TILE: tl.constexpr = MAP_TILE if DP > MAP_TILE else DP
         y = tl.zeros([FP, COLUMNS], tl.float32)
         for start in tl.static_range(0, DP, TILE):
             od = start + tl.arange(0, TILE)
             inside = (od < D)[None, :] & (of < F)[:, None]
             w = tl.load(weight + h * D * F + (od[None, :] * F + of[:, None]), mask=inside, other=0.0)
+            if WAIT and start == 0:
+                tl.extra.cuda.gdc_wait()
             column = tl.load(x[None, :] + od[:, None], mask=(od < D)[:, None], other=0.0)
             if w.dtype == column.dtype and w.dtype != tl.float32:
                 y = tl.dot(w, column, y)
@@ -46,6 +48,8 @@ def _projected(
         if BIASED:
             y += tl.load(bias + h * F + of, mask=of < F, other=0.0).to(tl.float32)[:, None]
     else:
+        if WAIT:
+            tl.extra.cuda.gdc_wait()
         y = tl.load(x[None, :] + of[:, None], mask=(of < F)[:, None], other=0.0).to(tl.float32)
     return y
 
@@ -69,7 +73,9 @@ def _fold(
         ot = first + tl.arange(0, PART)
         in_t = ot < W
         x = ring_k + tl.where(in_t, ot, 0) * D
-        y = _projected(x, weight, bias, h, of, D, DP, F, FP, PART, LEARNED, BIASED)
+        y = _projected(
+            x, weight, bias, h, of, D, DP, F, FP, PART, LEARNED, BIASED, min(DP, FOLD_TILE), False
+        )  # fmt: skip
         f_a, f_b = activate(y, in_f[:, None], MAP)
         f_a, f_b = tl.where(in_t[None, :], f_a, 0.0), tl.where(in_t[None, :], f_b, 0.0)
         z_a += tl.sum(f_a, 1)
@@ -96,11 +102,12 @@ def near_kernel(
     SCALE: tl.constexpr, BOUND: tl.constexpr,
     D: tl.constexpr, DP: tl.constexpr, F: tl.constexpr, FP: tl.constexpr, SIGNS: tl.constexpr,
     W: tl.constexpr, SLOTS: tl.constexpr, G: tl.constexpr, GP: tl.constexpr, ROWS: tl.constexpr, MAP: tl.constexpr,
-    LEARNED: tl.constexpr, BIASED: tl.constexpr, EARLY: tl.constexpr,
+    LEARNED: tl.constexpr, BIASED: tl.constexpr, TILE: tl.constexpr, EARLY: tl.constexpr,
 ):  # fmt: skip
     """Grid B HK + H times groups of ROWS sequences. Writes features [B, H, N], near [B, H, D] and masses [B, H],
-    float32: the window's sum of values and of weights, times its share. BOUND: on scores, 0.0: none. EARLY: the next
-    launch may begin.
+    float32: the window's sum of values and of weights, times its share. BOUND: on scores, 0.0: none. TILE: head
+    channels of a projection at once. EARLY: it may begin before the launch before it has ended, and the next before it
+    has: until the wait it reads what steps before left, and writes nothing.
     """
     if EARLY:
         tl.extra.cuda.gdc_launch_dependents()
@@ -120,11 +127,13 @@ def near_kernel(
         inside = (ow < 2 * W)[:, None] & in_d[None, :]
         keys = tl.load(ring_k + at, mask=inside, other=0.0)
         values = tl.load(ring_v + at, mask=inside, other=0.0)
+        gamma = tl.sigmoid(tl.load(window_logit + heads, mask=og < G, other=0.0).to(tl.float32))
+        p = tl.load(position + one)
+        if EARLY:
+            tl.extra.cuda.gdc_wait()
         queries = tl.load(q + one * sqb + heads[:, None] * sqh + od[None, :], mask=in_g & in_d[None, :], other=0.0)
         k_new = tl.load(k + one * skb + hk * skh + od, mask=in_d, other=0.0)
         v_new = tl.load(v + one * svb + hk * svh + od, mask=in_d, other=0.0)
-        gamma = tl.sigmoid(tl.load(window_logit + heads, mask=og < G, other=0.0).to(tl.float32))
-        p = tl.load(position + one)
         block = p // W
         previous = tl.where(block >= 1, 1 - block % 2, -1)
         seen = ((ow // W == block % 2) & (ow % W < p % W)) | (ow // W == previous)
@@ -153,7 +162,7 @@ def near_kernel(
         of = tl.arange(0, FP)
         in_f = of < F
         y = _projected(
-            q + b * sqb + h * sqh, q_weight, q_bias, h, of, D, DP, F, FP, ROWS, LEARNED, BIASED
+            q + b * sqb + h * sqh, q_weight, q_bias, h, of, D, DP, F, FP, ROWS, LEARNED, BIASED, TILE, EARLY
         )  # fmt: skip
         e_a, e_b = activate(y, in_f[:, None], MAP)
         to = features + (b * H + h)[None, :] * N + of[:, None]
@@ -171,8 +180,10 @@ def far_kernel(
     KEY_MAP: tl.constexpr, LEARNED: tl.constexpr, BIASED: tl.constexpr, EARLY: tl.constexpr,
 ):  # fmt: skip
     """Grid (tiles of BV value channels, B H). Shapes in decode.py; NP covers N. EARLY: it may begin before near_kernel
-    has ended, so that nothing but what is older is read before the wait.
+    has ended, so that nothing but what is older is read before the wait; the next launch may begin, too.
     """
+    if EARLY:
+        tl.extra.cuda.gdc_launch_dependents()
     N: tl.constexpr = F * SIGNS
     tile = tl.program_id(0)
     head = tl.program_id(1).to(tl.int64)

@@ -170,7 +170,8 @@ def split_constants(
     early = card >= PROGRAMMATIC
     shared = {name: made[name] for name in ("D", "DP", "F", "FP", "SIGNS", "W", "G", "LEARNED", "BIASED")}
     near = shared | {name: made[name] for name in ("SCALE", "BOUND", "MAP")}
-    near |= {"SLOTS": max(16, made["SLOTS"]), "GP": _power(made["G"]), "ROWS": 16, "EARLY": early}
+    near |= {"SLOTS": max(16, made["SLOTS"]), "GP": _power(made["G"]), "ROWS": tiles["near"]["ROWS"], "EARLY": early}
+    near["TILE"] = min(made["DP"], tiles["near"]["TILE"])
     far = shared | {"KEY_MAP": made["KEY_MAP"], "NP": _power(made["F"] * made["SIGNS"]), "EARLY": early}
     far |= {name: tiles["far"][name] for name in ("BV", "VT", "PART")}
     options = {
@@ -178,7 +179,7 @@ def split_constants(
         for name, chosen in tiles.items()
     }
     if early:
-        options["far"]["launch_pdl"] = True
+        options["near"]["launch_pdl"] = options["far"]["launch_pdl"] = True
     return {"near": (near, options["near"]), "far": (far, options["far"])}
 
 

@@ -146,20 +146,21 @@ def decode(
 def decode_split(
     capability: int, head_dim: int, features: int, window: int, batch: int, kv_heads: int, dtype: torch.dtype
 ) -> dict[str, dict[str, int]] | None:
-    """Of decode_split_triton's kernels: value tile BV, tokens PART and channels VT of a fold, warps. None: one launch.
+    """Of decode_split_triton's kernels: sequences ROWS and head channels TILE of a product of maps; value tile BV,
+    tokens PART and channels VT of a fold; warps. None: one launch.
 
     features: all of a head. Few sequences fill a card better in one launch, in which every head makes all it needs at
     once. Tiles of the window, and of the state, have to fit into registers.
     """
     if capability == 0:  # the interpreter: both ways are tested
         far = {"BV": _tile(head_dim, 32), "VT": 16, "PART": 16, "num_warps": 4}
-        return None if batch < 2 else {"near": {"num_warps": 4}, "far": far}
+        return None if batch < 2 else {"near": {"ROWS": 16, "TILE": 16, "num_warps": 4}, "far": far}
     if batch * kv_heads < 16 or dtype != torch.bfloat16:
         return None
     if 2 * window * head_dim > 128 * 128 or features > 128:
         return None
     far = {"BV": _tile(head_dim, 64), "VT": 32, "PART": 16, "num_warps": 4, "maxnreg": 128}
-    return {"near": {"num_warps": 8}, "far": far}
+    return {"near": {"ROWS": 16, "TILE": 128, "num_warps": 8}, "far": far}
 
 
 MOST_PARTS = 128
