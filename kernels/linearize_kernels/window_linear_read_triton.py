@@ -150,7 +150,8 @@ def read_kernel(
                 ask_for_rows(q_ptr + row * s_qb + ahead * s_qh + first_t * s_qt, live, s_qt, D, BD, C)
         far = tl.zeros([C], tl.float32)  # the linear branch's sum of weights
         if WINDOW:
-            q = load_rows(q_ptr + row * s_qb + wide * s_qh + first_t * s_qt, live, s_qt, D, BD, C)
+            # In segments no head asks for the next one's queries.
+            q = load_rows(q_ptr + row * s_qb + wide * s_qh + first_t * s_qt, live, s_qt, D, BD, C, CUT)
         if MAP != NO_MAP:
             state_head = wide // STATES
             at = (block * (HEADS // STATES) + state_head) * PARTS
@@ -268,9 +269,9 @@ def read_kernel(
 
         acc = tl.zeros([C, BV], tl.float32)
         if MAP != NO_MAP:
-            state = load_state(states_ptr, at, before_at, first_v, D, BV, BF, False)
+            state = load_state(states_ptr, at, before_at, first_v, D, BV, BF, False, STATES == 1)
             if PARTS == 2:
-                state_2 = load_state(states_ptr, at + 1, before_at, first_v, D, BV, BF, False)
+                state_2 = load_state(states_ptr, at + 1, before_at, first_v, D, BV, BF, False, STATES == 1)
         if MAP != NO_MAP:
             acc = tl.dot(phi, tl.trans(state), acc, input_precision="ieee")
             if PARTS == 2:
@@ -295,7 +296,11 @@ def read_kernel(
             acc = acc * linear[:, None]
 
         out = out_ptr + row * s_ob + first_t * s_ot + wide * D + token[:, None] * s_ot + value[None, :]
-        tl.store(out, acc.to(out_ptr.dtype.element_ty), mask=live[:, None] & inside_v)
+        stored = live[:, None] & inside_v
+        if MAP == NO_MAP:
+            tl.store(out, acc.to(out_ptr.dtype.element_ty), mask=stored)
+        else:  # in the L2 cache it would only be in the way of what is read again
+            tl.store(out, acc.to(out_ptr.dtype.element_ty), mask=stored, eviction_policy="evict_first")
         if first_v == 0:
             at_row = (row * HEADS + wide) * T + start + token
             if WINDOW:

@@ -83,14 +83,23 @@ def ask_for_rows(base, live, stride, D: tl.constexpr, BD: tl.constexpr, C: tl.co
 
 
 @triton.jit
-def load_rows(base, live, stride, D: tl.constexpr, BD: tl.constexpr, C: tl.constexpr):
-    """[C, BD] from `base`, the address of the first row; rows that are not `live` [C] are zero."""
+def load_rows(
+    base, live, stride, D: tl.constexpr, BD: tl.constexpr, C: tl.constexpr, ONCE: tl.constexpr = False
+):  # fmt: skip
+    """[C, BD] from `base`, the address of the first row; rows that are not `live` [C] are zero. ONCE: nobody else reads
+    them, and the L2 cache had better keep what others do.
+    """
     row = tl.arange(0, C)
     column = tl.arange(0, BD)
     mask = live[:, None]
     if D != BD:
         mask = mask & (column < D)[None, :]
-    return tl.load(base + row[:, None] * stride + column[None, :], mask=mask, other=0.0)
+    at = base + row[:, None] * stride + column[None, :]
+    if ONCE:
+        tile = tl.load(at, mask=mask, other=0.0, eviction_policy="evict_first")
+    else:
+        tile = tl.load(at, mask=mask, other=0.0)
+    return tile
 
 
 @triton.jit
@@ -128,11 +137,18 @@ def load_matrix(base, stride, ROWS: tl.constexpr, BR: tl.constexpr, COLS: tl.con
 
 
 @triton.jit
-def load_state(states_ptr, at, before, first_v, D: tl.constexpr, BV: tl.constexpr, BF: tl.constexpr, CUT: tl.constexpr):
-    """One part's state, the BV values from first_v on by BF features. CUT: plus what its segment began with."""
+def load_state(
+    states_ptr, at, before, first_v, D: tl.constexpr, BV: tl.constexpr, BF: tl.constexpr, CUT: tl.constexpr,
+    ONCE: tl.constexpr = False,
+):  # fmt: skip
+    """One part's state, the BV values from first_v on by BF features. CUT: plus what its segment began with. ONCE: as
+    in load_rows.
+    """
     value = first_v + tl.arange(0, BV)
     from_state = states_ptr + at * D * BF + value[:, None] * BF + tl.arange(0, BF)[None, :]
-    if D % BV == 0:
+    if D % BV == 0 and ONCE:
+        state = tl.load(from_state, eviction_policy="evict_first")
+    elif D % BV == 0:
         state = tl.load(from_state)
     else:
         state = tl.load(from_state, mask=(value < D)[:, None], other=0.0)
