@@ -96,7 +96,9 @@ def test_two_tokens(name: str, softcap: float | None, batch: int) -> None:
     mixer.backend = "triton"
     got = [token(mixer, cache, given[0]).clone()]
     kept = {n: x.clone() for n, x in (cache.tensors | cache.workspace).items()}
-    with torch.cuda.stream(torch.cuda.Stream()):
+    aside = torch.cuda.Stream()
+    aside.wait_stream(torch.cuda.current_stream())  # what was kept is copied there
+    with torch.cuda.stream(aside):
         token(mixer, cache, given[1])  # whatever the first call on a stream makes
         torch.cuda.synchronize()
         for n, x in (cache.tensors | cache.workspace).items():
