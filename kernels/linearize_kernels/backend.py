@@ -10,9 +10,11 @@ import os
 import subprocess
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import wraps
 from importlib.metadata import PackageNotFoundError, version
 from importlib.util import find_spec
 from pathlib import Path
+from typing import ParamSpec, TypeVar
 
 import torch
 
@@ -202,6 +204,28 @@ def _missing(tensors: tuple[torch.Tensor | None, ...]) -> str | None:
     if interpreting():
         return "the interpreter gets bfloat16 wrong" if any(x.dtype == torch.bfloat16 for x in given) else None
     return None if all(x.is_cuda for x in given) else "the tensors are not on a GPU"
+
+
+P = ParamSpec("P")
+R = TypeVar("R")
+
+
+def placed(op: Callable[P, R]) -> Callable[P, R]:
+    """`op` on the GPU of its first argument: Triton launches on the current one, wherever the tensors are.
+
+    Autograd and torch.compile see to that by themselves.
+    """
+
+    @wraps(op)
+    def run(*args: P.args, **kwargs: P.kwargs) -> R:
+        first = args[0] if args else next(iter(kwargs.values()), None)
+        place = first.device if isinstance(first, torch.Tensor) and first.is_cuda else None
+        if place is not None and not torch.compiler.is_compiling() and place.index != torch.cuda.current_device():
+            with torch.cuda.device(place):
+                return op(*args, **kwargs)
+        return op(*args, **kwargs)
+
+    return run
 
 
 def unseen(*inputs: object) -> bool:

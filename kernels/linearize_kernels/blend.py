@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import torch
 
-from .backend import pick, unseen
+from .backend import pick, placed, unseen
 
 
+@placed
 def blend(near: torch.Tensor, far: torch.Tensor, share: torch.Tensor, *, backend: str = "auto") -> torch.Tensor:
     """a near + (1 - a) far; gradients for all three.
 

@@ -16,7 +16,7 @@ from dataclasses import dataclass
 
 import torch
 
-from .backend import pick
+from .backend import pick, placed
 
 MAPS = (
     "identity",
@@ -104,6 +104,7 @@ def unable(rule: StepRule, head_dim: int) -> str | None:
     return None
 
 
+@placed
 def decode_step(
     q: torch.Tensor,
     k: torch.Tensor,

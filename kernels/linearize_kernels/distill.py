@@ -9,7 +9,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from .backend import pick
+from .backend import pick, placed
 
 IGNORE = -100
 """Label of a token that no loss is taken at."""
@@ -17,6 +17,7 @@ PIECE = 2048
 """Tokens whose logits are held at once."""
 
 
+@placed
 def distill_loss(
     hidden: Tensor,
     weight: Tensor,

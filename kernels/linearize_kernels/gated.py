@@ -13,7 +13,7 @@ from itertools import pairwise
 import torch
 import torch.nn.functional as nnf
 
-from .backend import Call, decay_kind, pick, unseen, untrusted
+from .backend import Call, decay_kind, pick, placed, unseen, untrusted
 from .linear import chunk_linear
 
 NORMALISERS = ("none", "own")
@@ -26,6 +26,7 @@ LAGS = (16, 32, 64, 128)
 """Blocks whose lag the kernels serve."""
 
 
+@placed
 def gated_linear(
     q: torch.Tensor,
     k: torch.Tensor,

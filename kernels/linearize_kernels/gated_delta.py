@@ -13,7 +13,7 @@ from itertools import pairwise
 import torch
 import torch.nn.functional as nnf
 
-from .backend import Call, decay_kind, pick, unseen, untrusted
+from .backend import Call, decay_kind, pick, placed, unseen, untrusted
 from .delta import chunk_delta
 
 CHUNK = 64
@@ -23,6 +23,7 @@ LARGEST = 256
 """Features that one program of the kernels holds."""
 
 
+@placed
 def gated_delta(
     q: torch.Tensor,
     k: torch.Tensor,

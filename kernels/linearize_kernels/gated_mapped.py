@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import torch
 
-from .backend import Call, decay_kind, pick, unseen, untrusted
+from .backend import Call, decay_kind, pick, placed, unseen, untrusted
 from .gated import CHUNK, LARGEST, _rows, gated_linear
 
 WIDEST = 128
@@ -45,6 +45,7 @@ def map_features(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | Non
     return torch.cat((y.exp(), (-y).exp()), dim=-1)
 
 
+@placed
 def mapped_gated_linear(
     q: torch.Tensor,
     k: torch.Tensor,

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 import torch.nn.functional as nnf
 
-from .backend import pick
+from .backend import pick, placed
 
 ACTIVATIONS = ("silu", "gelu_tanh")
 
@@ -15,6 +15,7 @@ def activated(x: torch.Tensor, activation: str) -> torch.Tensor:
     return nnf.silu(x) if activation == "silu" else nnf.gelu(x, approximate="tanh")
 
 
+@placed
 def gated_unit(gate: torch.Tensor, up: torch.Tensor, activation: str, *, backend: str = "auto") -> torch.Tensor:
     """activation(gate) up, rounded after the activation and again at the end; no gradient.
 

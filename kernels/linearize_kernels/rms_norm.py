@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import torch
 
-from .backend import pick
+from .backend import pick, placed
 
 WIDEST = 16384
 """Channels that a program of the kernel holds."""
 
 
+@placed
 def rms_norm(
     x: torch.Tensor,
     weight: torch.Tensor,

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import torch
 
-from .backend import pick
+from .backend import pick, placed
 
 HEADS, WIDTH = 256, 256
 """Most heads of queries or keys, and channels of each, that the kernel serves."""
 
 
+@placed
 def rotate(
     q: torch.Tensor, k: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, *, backend: str = "auto"
 ) -> tuple[torch.Tensor, torch.Tensor]:

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import torch
 
-from .backend import pick, unseen
+from .backend import pick, placed, unseen
 
 
+@placed
 def unrotate(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, *, backend: str = "auto") -> torch.Tensor:
     """Undo x cos + turn(x) sin, turn(a, b) = (-b, a) of halves; a factor that cos and sin share (YaRN's) goes too.
 
@@ -24,6 +25,7 @@ def unrotate(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, *, backend: 
     return _turned(x, cos, sin, None, 1.0, backend)
 
 
+@placed
 def unrotate_and_add(
     x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, own: torch.Tensor, factor: float, *, backend: str = "auto"
 ) -> torch.Tensor:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import torch
 
-from .backend import pick
+from .backend import pick, placed
 from .window import chunk_window
 from .window_linear import first_tokens, tables_of
 from .window_linear_plan import Plan, spans_of
@@ -16,6 +16,7 @@ from .window_linear_plan import Plan, spans_of
 Maybe = torch.Tensor | None
 
 
+@placed
 def window_attention(
     q: torch.Tensor,
     k: torch.Tensor,

@@ -12,7 +12,7 @@ from __future__ import annotations
 import torch
 import torch.nn.functional as nnf
 
-from .backend import pick
+from .backend import pick, placed
 from .linear import chunk_linear
 from .window import chunk_window
 from .window_linear_plan import CHUNK, MAPS, PROJECTED, Plan, sequence_tables, spans_of
@@ -39,6 +39,7 @@ def apply_map(x: torch.Tensor, name: str, weight: Maybe, bias: Maybe) -> torch.T
     return y.relu().clamp_min(RELU_FLOOR)
 
 
+@placed
 def window_linear(
     q: torch.Tensor,
     k: torch.Tensor,

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import inspect
 import os
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from importlib import import_module
 from itertools import product
 from pathlib import Path
@@ -119,6 +121,8 @@ RULED_OUT = [
 @pytest.fixture
 def hopper(monkeypatch: pytest.MonkeyPatch) -> None:
     """As on a GPU of capability 9.0 with Triton 3.6; its kernels still run in the interpreter."""
+    if HAS_TRITON:  # before it is patched: what is imported later would keep the patched functions
+        import_module("linearize_kernels.compiled")
     monkeypatch.setattr(backend, "TRITON", (3, 6, 0))
     monkeypatch.setattr(backend, "ASSEMBLER", ())
     monkeypatch.setattr(backend, "capability", lambda device: 90)
@@ -238,6 +242,41 @@ def test_an_op_is_seen_by_gradients_compilers_and_subclasses_of_tensors() -> Non
         told = []
         torch.compile(lambda x: (told.append(unseen(x)), x + 1)[1], backend="eager")(plain)
         assert told == [False]
+
+
+class OnSecondGpu(torch.Tensor):
+    """A tensor that says it lies on another GPU than the current one."""
+
+    is_cuda = True
+    device = torch.device("cuda", 1)
+
+
+def test_an_op_runs_on_the_gpu_of_its_first_argument(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As under device_map="auto": Triton launches on the current GPU, wherever the tensors are."""
+    current = [0]
+
+    @contextmanager
+    def device(wanted: torch.device) -> Iterator[None]:
+        current.append(wanted.index)
+        yield
+        current.pop()
+
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: current[-1])
+    monkeypatch.setattr(torch.cuda, "device", device)
+    there, here = torch.ones(2).as_subclass(OnSecondGpu), torch.ones(2)
+    where = backend.placed(lambda x, y=None: current[-1])
+    assert where(there) == 1 and where(there, y=here) == 1 and where(x=there) == 1
+    assert current == [0]
+    assert where(here) == 0 and where(here, there) == 0 and where(None) == 0
+
+
+def test_every_public_op_is_placed() -> None:
+    modules = ("blend", "decode", "distill", "gated", "gated_delta", "gated_mapped", "gated_unit", "rms_norm", "rotate")
+    for name in (*modules, "unrotate", "window_attention", "window_linear"):
+        module = import_module(f"linearize_kernels.{name}")
+        ops = [x for x in vars(module).values() if callable(x) and getattr(x, "__module__", "") == module.__name__]
+        launching = [x for x in ops if not x.__name__.startswith("_") and "backend" in inspect.signature(x).parameters]
+        assert launching and all(hasattr(x, "__wrapped__") for x in launching), name
 
 
 def test_a_cpu_has_no_capability() -> None:
