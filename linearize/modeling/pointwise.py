@@ -1,9 +1,9 @@
 """Norms, gated units and rotations of the native code, each as one kernel where no gradient is wanted.
 
-Transformers writes them out in torch, a pass over memory for every operation: a third of the time of a long prefill,
-and most launches of a decode step. What a module of the native family computes is not known from its name. A blank one
-is shown random numbers, and only where it gives the very numbers of our formula, bit by bit in bfloat16, is it made to
-call the kernel; with gradients, under torch.compile and on a CPU it runs its own code.
+Transformers writes them out in torch, a launch and a pass over memory for every operation. What a module of the native
+family computes is not known from its name. A blank one is shown random numbers, and only where it gives the very
+numbers of our formula, bit by bit in bfloat16, is it made to call the kernel; with gradients, under torch.compile and
+on a CPU it runs its own code.
 """
 
 from __future__ import annotations
