@@ -65,6 +65,7 @@ def _fold(
 
     PART tokens at a time, of which all features are made at once: the state stays in memory, for registers are few.
     """
+    TILE: tl.constexpr = FOLD_TILE if DP > FOLD_TILE else DP  # min() would be no constant in Triton 3.5
     of = tl.arange(0, FP)
     in_f = of < F
     z_a = tl.load(z + of, mask=in_f, other=0.0)
@@ -73,9 +74,7 @@ def _fold(
         ot = first + tl.arange(0, PART)
         in_t = ot < W
         x = ring_k + tl.where(in_t, ot, 0) * D
-        y = _projected(
-            x, weight, bias, h, of, D, DP, F, FP, PART, LEARNED, BIASED, min(DP, FOLD_TILE), False
-        )  # fmt: skip
+        y = _projected(x, weight, bias, h, of, D, DP, F, FP, PART, LEARNED, BIASED, TILE, False)
         f_a, f_b = activate(y, in_f[:, None], MAP)
         f_a, f_b = tl.where(in_t[None, :], f_a, 0.0), tl.where(in_t[None, :], f_b, 0.0)
         z_a += tl.sum(f_a, 1)
