@@ -15,6 +15,8 @@ import torch
 import torch.nn.functional as nnf
 from torch import Tensor, nn
 
+from linearize.modeling.pointwise import epsilon
+
 ROWS = 4
 """Of random numbers, on which a module shows that it is the plain formula."""
 TOLERANCE = 1e-5
@@ -51,12 +53,6 @@ def is_plain(module: nn.Module) -> bool:
     with torch.no_grad(), torch.autocast(weight.device.type, enabled=False):
         found = module(x)
         return isinstance(found, Tensor) and torch.allclose(found, _norm(x, weight, eps), TOLERANCE, TOLERANCE)
-
-
-def epsilon(module: nn.Module) -> float | None:
-    """What is added to the mean square; None: it is kept under no name that is known."""
-    found = getattr(module, "variance_epsilon", getattr(module, "eps", None))
-    return found if isinstance(found, float) else None
 
 
 def _fast(weight: Tensor) -> bool:

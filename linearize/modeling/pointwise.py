@@ -8,7 +8,6 @@ on a CPU it runs its own code.
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Callable
 from functools import cache
 from types import FunctionType
@@ -66,9 +65,10 @@ class OneKernelNorm(OneKernel):
     def forward(self, hidden_states: Tensor) -> Tensor:
         """As the native forward."""
         weight: Tensor = self.weight  # type: ignore[attr-defined]
-        if serves(hidden_states, weight) and hidden_states.dtype == weight.dtype and len(weight) <= WIDEST:
+        eps, fits = epsilon(self), hidden_states.dtype == weight.dtype and len(weight) <= WIDEST
+        if eps is not None and fits and serves(hidden_states, weight):
             offset, late = self.form
-            return rms_norm(hidden_states, weight, epsilon(self), offset=offset, late=late)  # type: ignore[arg-type]
+            return rms_norm(hidden_states, weight, eps, offset=offset, late=late)
         return super().forward(hidden_states)  # type: ignore[misc]
 
 
@@ -188,9 +188,10 @@ def _activation_name(kind: type) -> str | None:
     return None
 
 
-def epsilon(module: Any) -> float:
-    """What a norm adds to the mean square."""
-    return next(float(getattr(module, name)) for name in EPSILONS if hasattr(module, name))
+def epsilon(module: Any) -> float | None:
+    """What a norm adds to the mean square; None: it is kept under no name that is known."""
+    found = next((getattr(module, name) for name in EPSILONS if hasattr(module, name)), None)
+    return found if isinstance(found, float) else None
 
 
 def rotating(forward: Any) -> Any:
@@ -212,7 +213,7 @@ def rotating(forward: Any) -> Any:
         forward.__code__, {**known, ROTATION: apply_rotary_pos_emb}, forward.__name__, forward.__defaults__,
         forward.__closure__,
     )  # fmt: skip
-    made.__kwdefaults__ = copy.copy(forward.__kwdefaults__)
+    made.__kwdefaults__ = forward.__kwdefaults__
     return made
 
 
