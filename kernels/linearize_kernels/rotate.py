@@ -6,9 +6,6 @@ import torch
 
 from .backend import pick, placed
 
-HEADS, WIDTH = 256, 256
-"""Most heads of queries or keys, and channels of each, that the kernel serves."""
-
 
 @placed
 def rotate(
@@ -41,10 +38,7 @@ def rotate(
             f"{tuple(sin.shape)} {sin.dtype} do not belong together"
         )
     q, k, cos, sin = (x.detach() for x in (q, k, cos, sin))
-    unable = None
-    if width > WIDTH or max(q.shape[1], k.shape[1]) > HEADS:
-        unable = f"{max(q.shape[1], k.shape[1])} heads of {width} channels are above {HEADS} or {WIDTH}"
-    if pick(backend, q, k, cos, sin, unable=unable) == "triton":
+    if pick(backend, q, k, cos, sin) == "triton":
         from .rotate_triton import forward
 
         return forward(*(x if x.stride(-1) == 1 else x.contiguous() for x in (q, k, cos, sin)))

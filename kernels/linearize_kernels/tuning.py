@@ -230,7 +230,7 @@ def gated_unit_stretch(width: int) -> dict[str, int]:
 def rotate_heads(heads: int, width: int) -> dict[str, int]:
     """Heads R of a program of rotate_triton, and its warps: 16 channels a thread."""
     channels = max(16, 1 << (width - 1).bit_length())
-    rows = min(32, 1 << (heads - 1).bit_length(), 4096 // channels)
+    rows = max(1, min(32, 1 << (heads - 1).bit_length(), 4096 // channels))
     return {"R": rows, "num_warps": min(8, max(1, rows * channels // 512))}
 
 

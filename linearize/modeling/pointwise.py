@@ -20,7 +20,7 @@ try:
     from linearize_kernels.backend import pick
     from linearize_kernels.gated_unit import ACTIVATIONS, activated, gated_unit
     from linearize_kernels.rms_norm import WIDEST, rms_norm
-    from linearize_kernels.rotate import HEADS, WIDTH, rotate
+    from linearize_kernels.rotate import rotate
 except ImportError:  # an exported model without linearize, or beside an older one: the native code serves
     pick = None  # type: ignore[assignment]
 
@@ -204,7 +204,7 @@ def rotating(forward: Any) -> Any:
         return forward
 
     def apply_rotary_pos_emb(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor, *args: Any, **kwargs: Any) -> Any:
-        plain = not args and not kwargs and q.ndim == 4 and q.shape[-1] <= WIDTH and q.shape[1] <= HEADS
+        plain = not args and not kwargs and q.ndim == 4
         if plain and serves(q, k, cos, sin) and q.dtype == k.dtype == cos.dtype == sin.dtype:
             return rotate(q, k, cos, sin)
         return native(q, k, cos, sin, *args, **kwargs)
