@@ -7,7 +7,8 @@ Shapes: N sequences, H heads, L tokens, D head channels, F outputs of the projec
 from __future__ import annotations
 
 from collections.abc import Callable
-from functools import lru_cache
+from functools import lru_cache, wraps
+from typing import Any
 
 import torch
 import torch.nn.functional as nnf
@@ -81,19 +82,35 @@ def feature_size(name: str, head_dim: int, feature_dim: int | None) -> int:
     return width if name in LEARNED_MAPS else head_dim
 
 
-def _bases(head_dim: int, width: int) -> torch.Tensor:
-    """[D, width]: the identity and, beyond D columns, rotations of it; the same for queries and keys (fixed seeds).
+def start_values(make: Callable[[Any], dict[str, torch.Tensor]]) -> Callable[[Any], dict[str, torch.Tensor]]:
+    """A module's method for start values, run on the CPU and in float32 whatever device and dtype tensors get now.
 
-    Zeros in their place would all get the same gradient and never tell each other apart. Not to be written into.
+    from_config(dtype=torch.bfloat16) makes a whole model in bfloat16, which no QR decomposition knows, and under
+    `with torch.device(...)` a generator may be elsewhere. Nothing is computed for a module on the meta device.
     """
-    return _bases_on(head_dim, width, torch.empty(0).device)
+
+    @wraps(make)
+    def run(module: Any) -> dict[str, torch.Tensor]:
+        tensors = [*module.parameters(), *module.buffers()]
+        if tensors and all(x.is_meta for x in tensors):
+            return {}
+        default = torch.get_default_dtype()
+        torch.set_default_dtype(torch.float32)
+        try:
+            with torch.no_grad(), torch.device("cpu"):
+                return make(module)
+        finally:
+            torch.set_default_dtype(default)
+
+    return run
 
 
 @lru_cache(maxsize=8)
-def _bases_on(head_dim: int, width: int, device: torch.device) -> torch.Tensor:
-    """Made once for all layers: shared out among many threads, products as small as these take long.
+def _bases(head_dim: int, width: int) -> torch.Tensor:
+    """[D, width]: the identity and, beyond D columns, rotations of it; the same for queries and keys (fixed seeds).
 
-    `device`: where tensors are made now, which may be the meta device.
+    Zeros in their place would all get the same gradient and never tell each other apart. Made once for all layers:
+    shared out among many threads, products as small as these take long. Not to be written into.
     """
     blocks = [torch.eye(head_dim)]
     for n in range(1, -(-width // head_dim)):
@@ -114,6 +131,7 @@ class OwnProjection(nn.Module):
         self.heads = heads
         self.weight = nn.Parameter(torch.empty(heads * head_dim, hidden_size))
 
+    @start_values
     def initial_values(self) -> dict[str, torch.Tensor]:
         """Zero: the teacher's own queries and keys are where learning starts."""
         return {"weight": torch.zeros(self.weight.shape)}
@@ -144,7 +162,7 @@ class FeatureMap(nn.Module):
             if name in BIASED:
                 self.bias = nn.Parameter(torch.empty(heads, width))
 
-    @torch.no_grad()
+    @start_values
     def initial_values(self) -> dict[str, torch.Tensor]:
         """What each parameter starts as: bases of the head, or for Taylor a projection that keeps dot products."""
         if self.name not in LEARNED_MAPS:

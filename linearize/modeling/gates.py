@@ -11,6 +11,8 @@ import torch
 import torch.nn.functional as nnf
 from torch import nn
 
+from .feature_maps import start_values
+
 LOW_RANK = 16
 """Inner width of the per-channel gate (GLA, arXiv 2312.06635, section 4.4)."""
 
@@ -42,7 +44,7 @@ class Decay(nn.Module):
             self.up = nn.Parameter(torch.empty(heads * features, LOW_RANK))
             self.bias = nn.Parameter(torch.empty(heads * features))
 
-    @torch.no_grad()
+    @start_values
     def initial_values(self) -> dict[str, torch.Tensor]:
         """Start values: memories from tens to hundreds of tokens, spread over the heads."""
         if self.kind == "fixed":
@@ -51,15 +53,15 @@ class Decay(nn.Module):
         if self.kind == "scalar":
             step = torch.logspace(-3, -1, self.heads)
             return {
-                "weight": torch.randn_like(self.weight, device="cpu") * 0.1 * self.weight.shape[1] ** -0.5,
+                "weight": torch.randn(self.weight.shape) * 0.1 * self.weight.shape[1] ** -0.5,
                 "dt_bias": step + torch.log(-torch.expm1(-step)),  # softplus of it is `step`
                 "a_log": torch.zeros(self.heads),
             }
         if self.kind == "channel":
             return {
-                "down": torch.randn_like(self.down, device="cpu") * self.down.shape[1] ** -0.5,
-                "up": torch.randn_like(self.up, device="cpu") * 0.1 * LOW_RANK**-0.5,
-                "bias": torch.full_like(self.bias, 2.0, device="cpu"),
+                "down": torch.randn(self.down.shape) * self.down.shape[1] ** -0.5,
+                "up": torch.randn(self.up.shape) * 0.1 * LOW_RANK**-0.5,
+                "bias": torch.full(self.bias.shape, 2.0),
             }
         return {}
 
@@ -91,12 +93,12 @@ class TokenScore(nn.Module):
         self.weight = nn.Parameter(torch.empty(heads, hidden_size))
         self.bias = nn.Parameter(torch.empty(heads))
 
-    @torch.no_grad()
+    @start_values
     def initial_values(self) -> dict[str, torch.Tensor]:
         """Weights near zero and a bias that sets the mean."""
         return {
-            "weight": torch.randn_like(self.weight, device="cpu") * 0.1 * self.weight.shape[1] ** -0.5,
-            "bias": torch.full_like(self.bias, self.start, device="cpu"),
+            "weight": torch.randn(self.weight.shape) * 0.1 * self.weight.shape[1] ** -0.5,
+            "bias": torch.full(self.bias.shape, self.start),
         }
 
     def forward(self, inputs: torch.Tensor) -> torch.Tensor:

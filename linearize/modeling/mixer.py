@@ -17,7 +17,7 @@ import torch
 import torch.nn.functional as nnf
 from torch import nn
 
-from .feature_maps import SCALED, FeatureMap, OwnProjection, feature_size
+from .feature_maps import SCALED, FeatureMap, OwnProjection, feature_size, start_values
 from .fused import mix as fused_mix
 from .gates import Decay, TokenGate, TokenScore
 from .layout import Layout
@@ -98,8 +98,9 @@ class Mixer(nn.Module):
         """What makes the window's scores of q.k."""
         return {"scale": self.scaling, "softcap": self.softcap}
 
+    @start_values
     def initial_values(self) -> dict[str, torch.Tensor]:
-        """Start value of every parameter and buffer of the mixer, by name, on the CPU in float32."""
+        """Start value of every parameter and buffer of the mixer, by name, on the CPU in float32; none on meta."""
         values: dict[str, torch.Tensor] = {}
         for name, module in self.named_children():
             made = module.initial_values()  # type: ignore[operator]

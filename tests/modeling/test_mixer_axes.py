@@ -9,14 +9,15 @@ from typing import Any
 
 import pytest
 import torch
+from transformers import AutoModelForCausalLM
 
 from linearize.modeling.cache_linearized import LinearStateLayer
 from linearize.modeling.configuration_linearized import LinearizedFields, linearized_config
-from linearize.modeling.feature_maps import CODE_SCALE, FeatureMap
+from linearize.modeling.feature_maps import CODE_SCALE, FeatureMap, _bases
 from linearize.modeling.mixer import Mixer
 from linearize.modeling.mixer_spec import MixerSpec
 from tests.modeling.families import teacher
-from tests.specs import EXTRA
+from tests.specs import EXTRA, recipe_specs
 
 HIDDEN, HEADS, KV_HEADS, WIDTH = 24, 4, 2, 8
 MASS = EXTRA["hedgehog-mass-own"] | {"window": 8, "sinks": 2, "feature_dim": None}
@@ -224,6 +225,36 @@ def test_directions_are_computed_once_for_all_layers(monkeypatch: pytest.MonkeyP
         weight.fill_(torch.nan)
     assert torch.isfinite(FeatureMap("relu", HEADS, WIDTH, width).initial_values()["weight"]).all()
     assert calls.count("cpu") <= 7
+
+
+@pytest.mark.parametrize("recipe", sorted(recipe_specs()))
+def test_start_values_do_not_depend_on_what_tensors_are_now(recipe: str) -> None:
+    """As in from_config(dtype=torch.bfloat16), and under `with torch.device(...)`."""
+    mixer = Mixer(
+        recipe_specs()[recipe], hidden_size=HIDDEN, num_heads=HEADS, num_kv_heads=KV_HEADS, head_dim=WIDTH, scaling=1.0
+    )
+    torch.manual_seed(0)
+    wanted = mixer.initial_values()
+    for dtype, device in ((torch.bfloat16, "cpu"), (torch.float64, "meta")):
+        _bases.cache_clear()
+        torch.set_default_dtype(dtype)
+        try:
+            with torch.device(device):
+                torch.manual_seed(0)
+                found = mixer.initial_values()
+        finally:
+            torch.set_default_dtype(torch.float32)
+        assert list(found) == list(wanted)
+        assert all(torch.equal(found[name], wanted[name]) and found[name].is_cpu for name in wanted)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float64])
+def test_a_model_is_made_in_any_dtype(dtype: torch.dtype) -> None:
+    _bases.cache_clear()
+    config = linearized_config(teacher("llama").config, layer_mixers=["linear"] * 3, spec=recipe_specs()["lolcats"])
+    model = AutoModelForCausalLM.from_config(config, dtype=dtype)
+    assert {x.dtype for x in model.parameters()} == {dtype}
+    assert model(torch.arange(40)[None]).logits.isfinite().all()
 
 
 def test_the_delta_rule_reads_and_writes_unit_features() -> None:
