@@ -71,17 +71,17 @@ def distill() -> None:
 
 
 def pointwise() -> None:
-    """Norms, gated units and rotations of the native code."""
+    """Norms, gated units and rotations of the native code, with gradients."""
     from linearize_kernels.gated_unit import gated_unit
     from linearize_kernels.rms_norm import rms_norm
     from linearize_kernels.rotate import rotate
 
-    x = drawn(30, 1000, device="cuda", seed=0).bfloat16()
-    rms_norm(x, x[0], 1e-6, backend="triton")
-    gated_unit(*x.chunk(2, dim=-1), "silu", backend="triton")
-    q, k = (drawn(2, n, 50, 96, device="cuda", seed=n).bfloat16() for n in (6, 2))
+    x, weight = (drawn(*size, device="cuda", seed=0).bfloat16().requires_grad_() for size in ((30, 1000), (1000,)))
+    rms_norm(x, weight, 1e-6, backend="triton").sum().backward()
+    gated_unit(*x.chunk(2, dim=-1), "silu", backend="triton").sum().backward()
+    q, k = (drawn(2, n, 50, 96, device="cuda", seed=n).bfloat16().requires_grad_() for n in (6, 2))
     cos, sin = (drawn(1, 50, 32, device="cuda", seed=n).bfloat16() for n in (8, 9))
-    rotate(q, k, cos, sin, backend="triton")
+    sum(y.sum() for y in rotate(q, k, cos, sin, backend="triton")).backward()
 
 
 def planted(name: str) -> None:

@@ -17,7 +17,7 @@ def activated(x: torch.Tensor, activation: str) -> torch.Tensor:
 
 @placed
 def gated_unit(gate: torch.Tensor, up: torch.Tensor, activation: str, *, backend: str = "auto") -> torch.Tensor:
-    """activation(gate) up, rounded after the activation and again at the end; no gradient.
+    """activation(gate) up, rounded after the activation and again at the end.
 
     Args:
         gate, up: [..., F], one shape and dtype: float32, float16 or bfloat16. Halves of one tensor are read in place.
@@ -36,9 +36,8 @@ def gated_unit(gate: torch.Tensor, up: torch.Tensor, activation: str, *, backend
         )
     if activation not in ACTIVATIONS:
         raise ValueError(f"activation {activation!r} is not one of {', '.join(ACTIVATIONS)}")
-    gate, up = gate.detach(), up.detach()
     if pick(backend, gate, up) == "triton":
-        from .gated_unit_triton import forward
+        from .gated_unit_triton import gated_unit_call
 
-        return forward(gate, up, activation)
+        return gated_unit_call(gate, up, activation)
     return (activated(gate, activation) * up).contiguous()

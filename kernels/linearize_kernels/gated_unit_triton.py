@@ -5,13 +5,39 @@ from typing import Any
 import torch
 import triton
 import triton.language as tl
+from torch.autograd.function import once_differentiable
 
-from .backend import empty
+from .backend import empty, unseen
 from .compiled import found_for, start
 from .tuning import gated_unit_stretch
 
 GELU_SLOPE, GELU_CUBE = tl.constexpr(0.7978845608028654), tl.constexpr(0.044715)
 """sqrt(2 / pi), and the cubic term of GELU's approximation (arXiv 1606.08415)."""
+
+
+@triton.jit
+def gated_unit_backward_kernel(
+    gate_ptr, up_ptr, grad_ptr, d_gate_ptr, d_up_ptr, s_g, s_u,
+    F: tl.constexpr, STRETCH: tl.constexpr, GELU: tl.constexpr,
+):  # fmt: skip
+    """Grid and strides as below; gradients are contiguous. activation(x) = x sigmoid(inner(x))."""
+    kind = d_gate_ptr.dtype.element_ty
+    STRETCHES: tl.constexpr = (F + STRETCH - 1) // STRETCH
+    row = (tl.program_id(0) // STRETCHES).to(tl.int64)
+    column = tl.program_id(0) % STRETCHES * STRETCH + tl.arange(0, STRETCH)
+    inside = column < F
+    x = tl.load(gate_ptr + row * s_g + column, mask=inside, other=0.0).to(tl.float32)
+    up = tl.load(up_ptr + row * s_u + column, mask=inside, other=0.0).to(tl.float32)
+    grad = tl.load(grad_ptr + row * F + column, mask=inside, other=0.0).to(tl.float32)
+    inner, bend = x, x  # and x inner'(x)
+    if GELU:
+        inner = 2.0 * GELU_SLOPE * (x + GELU_CUBE * x * x * x)
+        bend = 2.0 * GELU_SLOPE * (x + 3.0 * GELU_CUBE * x * x * x)
+    share = 1.0 / (1.0 + tl.exp(-inner))
+    curved = share * (1.0 - share)
+    slope = share + tl.where(curved > 0.0, bend * curved, 0.0)  # far out the bend may be infinite
+    tl.store(d_gate_ptr + row * F + column, (grad * up * slope).to(kind), mask=inside)
+    tl.store(d_up_ptr + row * F + column, (grad * (x * share).to(kind).to(tl.float32)).to(kind), mask=inside)
 
 
 @triton.jit
@@ -47,6 +73,45 @@ def forward(gate: torch.Tensor, up: torch.Tensor, activation: str) -> torch.Tens
     return out
 
 
+def backward(
+    gate: torch.Tensor, up: torch.Tensor, grad: torch.Tensor, activation: str
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Gradients of gate and up, contiguous."""
+    width, shape = gate.shape[-1], tuple(gate.shape)
+    made = [empty(shape, dtype=gate.dtype, device=gate.device) for _ in range(2)]
+    if grad.numel():
+        gate, up, grad = _rows(gate), _rows(up), grad.contiguous()
+        size = _options(width, activation)
+        start(found_for(("gated_unit_backward", width), gate, up, grad), gated_unit_backward_kernel, (
+            gate.shape[0] * triton.cdiv(width, size["STRETCH"])
+        ), (gate, up, grad, *made, gate.stride(0), up.stride(0)), {"F": width, **size})  # fmt: skip
+    return made[0], made[1]
+
+
+class _Unit(torch.autograd.Function):
+    """The kernels under autograd."""
+
+    @staticmethod
+    def forward(ctx: Any, gate: torch.Tensor, up: torch.Tensor, activation: str) -> torch.Tensor:
+        ctx.activation = activation
+        ctx.save_for_backward(gate, up)
+        return forward(gate, up, activation)
+
+    @staticmethod
+    @once_differentiable  # type: ignore[untyped-decorator]
+    def backward(ctx: Any, grad: torch.Tensor) -> Any:
+        gate, up = ctx.saved_tensors
+        return *backward(gate, up, grad, ctx.activation), None
+
+
+def gated_unit_call(gate: torch.Tensor, up: torch.Tensor, activation: str) -> torch.Tensor:
+    """See `gated_unit.gated_unit`."""
+    if unseen(gate, up):
+        return forward(gate, up, activation)
+    found: torch.Tensor = _Unit.apply(gate, up, activation)  # type: ignore[no-untyped-call]
+    return found
+
+
 def _rows(x: torch.Tensor) -> torch.Tensor:
     """[rows, F] with channels beside each other: a view where the strides allow one."""
     if x.ndim == 1:
@@ -68,4 +133,7 @@ def gate_cases() -> list[tuple[Any, dict[str, str], dict[str, Any], dict[str, in
         constants = {"F": width, **_options(width, activation)}
         options = {"num_warps": constants.pop("num_warps")}
         cases.append((gated_unit_kernel, signature, constants, options, f"{activation}, F {width}"))
+        back = dict.fromkeys(("gate_ptr", "up_ptr", "grad_ptr", "d_gate_ptr", "d_up_ptr"), "*bf16")
+        back |= {"s_g": "i32:16", "s_u": "i32:16"}
+        cases.append((gated_unit_backward_kernel, back, constants, options, f"backward, {activation}, F {width}"))
     return cases

@@ -20,7 +20,7 @@ def rms_norm(
     late: bool = False,
     backend: str = "auto",
 ) -> torch.Tensor:
-    """x / sqrt(mean(x^2) + eps) weight; no gradient.
+    """x / sqrt(mean(x^2) + eps) weight.
 
     Args:
         x: [..., D], float32, float16 or bfloat16. The mean and the quotient are float32.
@@ -41,14 +41,13 @@ def rms_norm(
         )
     unable = None if x.shape[-1] <= WIDEST else f"rows of {x.shape[-1]} channels are above {WIDEST}"
     if pick(backend, x, weight, unable=unable) == "triton":
-        from .rms_norm_triton import forward
+        from .rms_norm_triton import rms_norm_call
 
-        return forward(x.detach().contiguous(), weight.detach(), eps, offset=offset, late=late)
+        return rms_norm_call(x.contiguous(), weight, eps, offset, late)
     wide = torch.promote_types(x.dtype, torch.float32)
-    rows = x.detach().to(wide)
+    rows = x.to(wide)
     rows = rows * torch.rsqrt(rows.pow(2).mean(-1, keepdim=True) + eps)
-    factor = weight.detach()
     if not late:
-        return ((1.0 + factor if offset else factor) * rows.to(x.dtype)).contiguous()
-    factor = factor.to(wide)
+        return ((1.0 + weight if offset else weight) * rows.to(x.dtype)).contiguous()
+    factor = weight.to(wide)
     return ((1.0 + factor if offset else factor) * rows).to(x.dtype).contiguous()

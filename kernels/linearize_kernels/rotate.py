@@ -11,17 +11,17 @@ from .backend import pick, placed
 def rotate(
     q: torch.Tensor, k: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, *, backend: str = "auto"
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """x cos + turn(x) sin, turn(a, b) = (-b, a) of halves, for q and for k; no gradient.
+    """x cos + turn(x) sin, turn(a, b) = (-b, a) of halves, for q and for k; the tables get no gradient.
 
-    Each of the three operations rounds to q's dtype, as they do one by one in torch.
+    Each of the three operations rounds to the output's dtype, as they do one by one in torch.
 
     Args:
-        q: [B, H, T, D]; k: [B, K, T, D]; any strides.
-        cos, sin: [B or 1, T, P], q's dtype; P even, at most D. Channels from P on stay as they are.
+        q: [B, H, T, D]; k: [B, K, T, D], of one dtype; any strides.
+        cos, sin: [B or 1, T, P], q's dtype or float32; P even, at most D. Channels from P on stay as they are.
         backend: auto, torch or triton.
 
     Returns:
-        q and k rotated, in their shapes, over memory [B, T, H or K, D].
+        q and k rotated, in their shapes and the tables' dtype, over memory [B, T, H or K, D].
 
     Raises:
         ValueError: shapes or dtypes that do not belong together, or a backend that cannot serve.
@@ -31,17 +31,18 @@ def rotate(
     if (
         k.shape[0] != batch or k.shape[2:] != q.shape[2:] or cos.shape != sin.shape
         or cos.shape[:-1] not in ((batch, length), (1, length)) or turned % 2 or not 0 < turned <= width
-        or any(x.dtype != q.dtype for x in (k, cos, sin))
+        or k.dtype != q.dtype or sin.dtype != cos.dtype or cos.dtype not in (q.dtype, torch.float32)
+        or torch.promote_types(q.dtype, cos.dtype) != cos.dtype
     ):  # fmt: skip
         raise ValueError(
             f"q {tuple(q.shape)} {q.dtype}, k {tuple(k.shape)} {k.dtype}, cos {tuple(cos.shape)} {cos.dtype} and sin "
             f"{tuple(sin.shape)} {sin.dtype} do not belong together"
         )
-    q, k, cos, sin = (x.detach() for x in (q, k, cos, sin))
+    cos, sin = cos.detach(), sin.detach()
     if pick(backend, q, k, cos, sin) == "triton":
-        from .rotate_triton import forward
+        from .rotate_triton import rotate_call
 
-        return forward(*(x if x.stride(-1) == 1 else x.contiguous() for x in (q, k, cos, sin)))
+        return rotate_call(*(x if x.stride(-1) == 1 else x.contiguous() for x in (q, k, cos, sin)))
     return _rotated(q, cos, sin), _rotated(k, cos, sin)
 
 

@@ -222,6 +222,11 @@ def rms_norm_rows(width: int) -> dict[str, int]:
     return {"R": rows, "BD": channels, "num_warps": min(16, max(1, rows * channels // 512))}
 
 
+def rms_norm_backward_programs(tiles: int, *, weighed: bool) -> int:
+    """Programs of rms_norm_triton's backward pass: one a tile, or some where each adds up a gradient of the weight."""
+    return min(tiles, 4 * 132) if weighed else tiles
+
+
 def gated_unit_stretch(width: int) -> dict[str, int]:
     """Columns and warps of a program of gated_unit_triton."""
     return {"STRETCH": min(2048, max(16, 1 << (width - 1).bit_length())), "num_warps": 4}
