@@ -1,9 +1,9 @@
-"""Norms, gated units and rotations of the native code, each as one kernel where no gradient is wanted.
+"""Norms, gated units and rotations of the native code, each as one kernel forwards and one backwards.
 
-Transformers writes them out in torch, a launch and a pass over memory for every operation. What a module of the native
-family computes is not known from its name. A blank one is shown random numbers, and only where it gives the very
-numbers of our formula, bit by bit in bfloat16, is it made to call the kernel; with gradients, under torch.compile and
-on a CPU it runs its own code.
+Transformers writes them out in torch, a launch and a pass over memory for every operation, and keeps what each of them
+read for the way back. What a module of the native family computes is not known from its name. A blank one is shown
+random numbers, and only where it gives the very numbers of our formula, bit by bit in bfloat16, is it made to call the
+kernel; under torch.compile, in torch.func's transforms and on a CPU it runs its own code.
 """
 
 from __future__ import annotations
@@ -51,7 +51,7 @@ class OneKernelRotation(OneKernel):
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """As the native forward."""
-        if torch.is_grad_enabled() or torch.compiler.is_compiling():  # which asks where a function's names come from
+        if torch.compiler.is_compiling():  # which asks where a function's names come from
             return super().forward(*args, **kwargs)  # type: ignore[misc]
         return self.rotated(self, *args, **kwargs)
 
@@ -94,12 +94,18 @@ class OneKernelUnit(OneKernel):
 
 
 def serves(*tensors: Tensor) -> bool:
-    """Whether kernels may compute these tensors: they can read them, and nothing would see it."""
-    if pick is None or torch.is_grad_enabled() or torch.compiler.is_compiling():
+    """Whether kernels may compute these tensors: they can read them, and nothing but autograd would see it."""
+    if pick is None or torch.compiler.is_compiling() or _transforms_active():
         return False
     if any(type(x) not in (Tensor, nn.Parameter) or x.dtype == torch.float64 for x in tensors):
         return False
     return pick("auto", *tensors) == "triton"
+
+
+def _transforms_active() -> bool:
+    """Whether torch.func is at work (grad, vmap, jvp), for which the ops have no rules; what it wraps looks plain."""
+    active: Callable[[], bool] | None = getattr(torch._C, "_are_functorch_transforms_active", None)
+    return active is not None and active()
 
 
 def quicken(model: nn.Module) -> None:
@@ -202,10 +208,12 @@ def rotating(forward: Any) -> Any:
     native: Any = known.get(ROTATION)
     if pick is None or native is None or ROTATION not in forward.__code__.co_names or not _is_rope(native):
         return forward
+    mixed = _is_rope(native, torch.float32)  # as under autocast, where tables are of the residual stream's dtype
 
     def apply_rotary_pos_emb(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor, *args: Any, **kwargs: Any) -> Any:
-        plain = not args and not kwargs and q.ndim == 4
-        if plain and serves(q, k, cos, sin) and q.dtype == k.dtype == cos.dtype == sin.dtype:
+        plain = not args and not kwargs and q.ndim == 4 and q.dtype == k.dtype and cos.dtype == sin.dtype
+        plain = plain and (cos.dtype == q.dtype or (mixed and cos.dtype == torch.float32))
+        if plain and serves(q, k, cos, sin):
             return rotate(q, k, cos, sin)
         return native(q, k, cos, sin, *args, **kwargs)
 
@@ -217,18 +225,18 @@ def rotating(forward: Any) -> Any:
     return made
 
 
-def _is_rope(native: Callable[..., Any]) -> bool:
-    """Whether a function rotates as `rotate` does: whole heads, and parts of heads if it takes them."""
+def _is_rope(native: Callable[..., Any], tables: torch.dtype = torch.bfloat16) -> bool:
+    """Whether a function rotates bfloat16 as `rotate` does by `tables`: whole heads, and parts if it takes them."""
     draw = torch.Generator().manual_seed(0)
     q, k = (torch.randn(2, n, 5, CHANNELS, generator=draw, device="cpu").bfloat16() for n in (4, 2))
     for turned in (CHANNELS, CHANNELS // 3):
-        cos, sin = (torch.randn(1, 5, turned, generator=draw, device="cpu").bfloat16() for _ in range(2))
+        cos, sin = (torch.randn(1, 5, turned, generator=draw, device="cpu").to(tables) for _ in range(2))
         try:
             found = native(q, k, cos, sin)
         except Exception:  # another signature, or a family that rotates whole heads alone
             return turned < CHANNELS
         wanted = rotate(q, k, cos, sin, backend="torch")
-        if not all(torch.equal(a, b) for a, b in zip(found, wanted, strict=True)):
+        if not all(a.dtype == b.dtype and torch.equal(a, b) for a, b in zip(found, wanted, strict=True)):
             return False
     return True
 

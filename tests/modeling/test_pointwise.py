@@ -65,11 +65,22 @@ def test_every_family_is_the_same_by_kernels(
 ) -> None:
     student = convert(teacher(family), SPEC, PLAN).to(kernel_device)
     calls.update(dict.fromkeys(calls, 0))  # what a class computes is tried once, when it is met
-    with torch.no_grad():
-        want = read(student, monkeypatch, "torch")
-        assert not any(calls.values())
-        found = read(student, monkeypatch, "triton")
+    trained = [x for name, x in student.named_parameters() if name.endswith(("norm.weight", "proj.weight"))]
+    want = read(student, monkeypatch, "torch")
+    wanted = torch.autograd.grad(want.logsumexp(-1).sum(), trained, allow_unused=True)
+    assert not any(calls.values())
+    found = read(student, monkeypatch, "triton")
+    ours = torch.autograd.grad(found.logsumexp(-1).sum(), trained, allow_unused=True)
     assert torch.allclose(found, want, rtol=1e-4, atol=1e-5)
+    for x, y in zip(ours, wanted, strict=True):
+        assert (x is None) == (y is None)
+        assert x is None or y is None or torch.allclose(x, y, rtol=1e-3, atol=1e-4 * float(y.abs().max()))
+    del found, want
+    again = dict(calls)
+    with torch.no_grad():
+        read(student, monkeypatch, "triton")
+    assert calls == {name: 2 * count for name, count in again.items()}
+    calls.update(again)
     assert (calls["rms_norm"] > 0) == (family not in NORMLESS)
     assert (calls["gated_unit"] > 0) == (family not in UNGATED)
     turned = 0 if family in UNTURNED else 2 if family == "smollm3" else 3
@@ -77,14 +88,21 @@ def test_every_family_is_the_same_by_kernels(
 
 
 @pytest.mark.skipif(not HAS_TRITON, reason="needs triton")
-def test_gradients_go_through_the_native_code(
+def test_transforms_go_through_the_native_code(
     calls: dict[str, int], kernel_device: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    """What torch.func wraps looks like any tensor, and the ops have no rules for it."""
     student = convert(teacher("llama"), SPEC, PLAN).to(kernel_device)
+    norm, mlp = student.model.norm, student.model.layers[0].mlp
     calls.update(dict.fromkeys(calls, 0))
-    read(student, monkeypatch, "triton").sum().backward()
+    monkeypatch.setenv(VARIABLE, "triton")
+    x = torch.randn(3, norm.weight.shape[0], device=kernel_device)
+    found = torch.func.vmap(torch.func.grad(lambda row: mlp(norm(row[None])).sum()))(x)
     assert not any(calls.values())
-    assert student.model.norm.weight.grad is not None
+    leaf = x.clone().requires_grad_()
+    mlp(norm(leaf)).sum().backward()
+    assert calls["rms_norm"] == calls["gated_unit"] == 1
+    assert torch.allclose(found, leaf.grad, rtol=1e-4, atol=1e-6)
 
 
 def test_a_copy_and_a_pickle_are_of_the_same_classes() -> None:
