@@ -1,7 +1,7 @@
-"""RMSNorm in one launch while a model trains.
+"""Norms, gated units and rotations in one launch each while a model trains.
 
-Transformers writes it out: six kernels forwards and a dozen backwards, each for a few microseconds of work in a small
-model. torch has it as one.
+Transformers writes them out: a norm is six kernels forwards and a dozen backwards, each for a few microseconds of work
+in a small model, and each a pass over memory in a large one.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ import torch
 import torch.nn.functional as nnf
 from torch import Tensor, nn
 
-from linearize.modeling.pointwise import epsilon
+from linearize.modeling.pointwise import epsilon, quick_class
 
 ROWS = 4
 """Of random numbers, on which a module shows that it is the plain formula."""
@@ -24,14 +24,20 @@ TOLERANCE = 1e-5
 
 @contextmanager
 def in_one_launch(*models: nn.Module) -> Iterator[None]:
-    """Within the block every norm on a GPU that is x / rms(x) * weight runs as one kernel, for float32 inputs.
+    """Within the block modules of native models are those of converted ones, which call kernels (pointwise.py).
 
-    What a module computes is seen from what it gives: some families scale by 1 + weight, or take a mean off first.
+    And every norm on a GPU that is x / rms(x) * weight is torch's own kernel for float32 inputs. What a module computes
+    is seen from what it gives: some families scale by 1 + weight, or take a mean off first.
     """
     changed: list[Any] = []
+    native: list[tuple[Any, type]] = []
     try:
         for model in models:
             for module in model.modules():
+                before: Any = type(module)
+                if (quick := quick_class(before)) is not None:
+                    native.append((module, before))
+                    module.__class__ = quick
                 if "forward" not in module.__dict__ and is_plain(module):
                     module.forward = partial(_fused, module)
                     changed.append(module)
@@ -39,6 +45,8 @@ def in_one_launch(*models: nn.Module) -> Iterator[None]:
     finally:
         for module in changed:
             del module.forward
+        for module, before in native:
+            module.__class__ = before
 
 
 def is_plain(module: nn.Module) -> bool:

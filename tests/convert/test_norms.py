@@ -1,4 +1,4 @@
-"""RMSNorm in one launch: the same numbers, for what is the plain formula and nothing else."""
+"""Norms in one launch: the same numbers, for what is the plain formula and nothing else; and native classes."""
 
 from __future__ import annotations
 
@@ -9,6 +9,8 @@ from transformers.models.gemma2.modeling_gemma2 import Gemma2RMSNorm
 from transformers.models.llama.modeling_llama import LlamaRMSNorm
 
 from linearize.convert import norms
+from linearize.modeling.pointwise import OneKernel
+from tests.modeling.families import teacher
 
 
 class OddRMSNorm(LlamaRMSNorm):
@@ -73,3 +75,14 @@ def test_off_a_gpu_and_after_an_error(monkeypatch: pytest.MonkeyPatch) -> None:
         assert "forward" in model[0].__dict__
         raise KeyboardInterrupt
     assert "forward" not in model[0].__dict__
+
+
+def test_native_modules_call_kernels_within_it() -> None:
+    """And are what they were afterwards, also after an error."""
+    model = teacher("llama")
+    before = [type(module) for module in model.modules()]
+    with pytest.raises(KeyboardInterrupt), norms.in_one_launch(model):
+        quick = [type(module).__name__ for module in model.modules() if isinstance(module, OneKernel)]
+        assert sorted(set(quick)) == ["LlamaAttention", "LlamaMLP", "LlamaRMSNorm"]
+        raise KeyboardInterrupt
+    assert [type(module) for module in model.modules()] == before
