@@ -35,15 +35,21 @@ def query_maps(
     plan: Plan, x: Inputs, states: torch.Tensor, masses: torch.Tensor, grad: torch.Tensor, out: torch.Tensor,
     peak: torch.Tensor, total: torch.Tensor, *, alone: bool,
 ) -> dict[str, torch.Tensor]:  # fmt: skip
-    """What query_maps_kernel writes: dy [B, H, T, F] and the rows' numbers [B, H, T], by name."""
+    """What query_maps_kernel writes: dy [B, H, T, F] and the rows' numbers [B, H, T], by name.
+
+    For the maps `alone`, and gamma, there is no shift, and `row` is summed over blocks, [H, G].
+    """
     rows = (plan.batch, plan.heads, plan.tokens)
-    names = ("scale", "mass", "row", "shift")
-    fresh = dict(zip(names, gradient(plan, x, (len(names), *rows), torch.float32).unbind(0)))
+    summed = alone and plan.window > 0 and plan.mix == "shared"
+    names = ("scale", "mass") if summed else ("scale", "mass", "row", "shift")
+    fresh: dict[str, torch.Tensor] = dict(zip(names, gradient(plan, x, (len(names), *rows), torch.float32).unbind(0)))
+    if summed:
+        fresh["row"] = gradient(plan, x, (plan.heads, grid_blocks(plan, x)), torch.float32)
     made = gradient(plan, x, (*rows, plan.width), x.q.dtype)
     laid, cut = out.transpose(1, 2), cut_of(plan, x)
     start(x.found, query_maps_kernel, grid_blocks(plan, x) * plan.heads, (
         x.xq, x.xk, x.v, grad, laid, x.q_weight, x.q_bias, x.k_weight, x.k_bias, states, masses, x.near, peak, total,
-        made, fresh["scale"], fresh["mass"], fresh["row"], fresh["shift"], x.blocks,
+        made, fresh["scale"], fresh["mass"], fresh["row"], fresh.get("shift"), x.blocks,
         *strides(x.xq), *strides(x.xk), *strides(x.v), *strides(grad), laid.stride(0), laid.stride(1),
         *near_strides(x), plan.tokens, plan.blocks, *cut, plan.heads, plan.window_weight,
     ), {

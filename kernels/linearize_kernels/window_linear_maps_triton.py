@@ -133,6 +133,7 @@ def query_maps_kernel(
 
     row_scale = d, row_mass = d e (what the state's gradient needs), shift = do.o (shared denominator), and in row:
     r (shared), the gradient of the gate or mass (ALONE: no window kernel follows), else do.o of the linear branch.
+    ALONE and shared: no shift, and r summed over the block, [H, G].
     EVEN: every sequence has whole blocks. CUT, BASE, SEGMENTS, EACH: as in read_kernel.
     """
     index = tl.program_id(0)
@@ -182,7 +183,8 @@ def query_maps_kernel(
     if WINDOW and MIX == SHARED:
         factor = tl.where(live, 1.0 / total, 0.0)
         weigh = shift
-        tl.store(shift_ptr + at_row, shift, mask=live)
+        if not ALONE:
+            tl.store(shift_ptr + at_row, shift, mask=live)
     elif not WINDOW:
         factor = tl.where(total > TINY, 1.0 / total, 0.0) if OWN else total * 0.0 + 1.0
         weigh = shift if OWN else total * 0.0
@@ -238,7 +240,10 @@ def query_maps_kernel(
                 before_at, live, s_xqt, s_xkt, part, D, BD, F, BF, C, MAP, LAG, CUT,
             )  # fmt: skip
     if WINDOW and MIX == SHARED:
-        tl.store(row_ptr + at_row, r, mask=live)
+        if ALONE:
+            tl.store(row_ptr + wide * (tl.num_programs(0) // HEADS) + block, tl.sum(r, 0))
+        else:
+            tl.store(row_ptr + at_row, r, mask=live)
     if MAP != PRECOMPUTED:
         store_rows(dy_base, dy, live, F, F, BF, C)
 

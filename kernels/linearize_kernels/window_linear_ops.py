@@ -182,7 +182,7 @@ def backward(
 def _near_grad(plan: Plan, near: torch.Tensor, rows: dict[str, torch.Tensor], alone: bool, some: bool) -> torch.Tensor:
     """Of gamma: r summed over rows, over gamma. Of gate or mass: as the kernel wrote it."""
     if plan.mix == "shared":
-        return rows["row"].sum((0, 2)) / near.float()
+        return rows["row"].sum(-1 if alone else (0, 2)) / near.float()
     return rows["row"] if alone else rows["far"]
 
 
