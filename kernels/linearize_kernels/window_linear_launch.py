@@ -84,15 +84,24 @@ def scan(
     return states, masses, ends[0], ends[1]
 
 
-def read(plan: Plan, x: Inputs, states: Maybe, masses: Maybe) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Output [B, H, T, D] over memory [B, T, H, D]; peak and total [B, H, T] float32."""
+def read(
+    plan: Plan, x: Inputs, states: Maybe, masses: Maybe, *, keep: bool
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Output [B, H, T, D] over memory [B, T, H, D]; peak and total [B, H, T] float32.
+
+    Empty where nothing reads them: both unless a way back is to be kept, but that of the window alone is its log-sum.
+    """
     shape = (plan.batch, plan.tokens, plan.heads, plan.channels)
     if x.sequences is None:
         out = empty(shape, dtype=x.q.dtype, device=x.q.device)
     else:
         out = torch.zeros(shape, dtype=x.q.dtype, device=x.q.device)  # padding stays zero
+    peak = total = None
     rows = (plan.batch, plan.heads, plan.tokens)
-    peak, total = (empty(rows, dtype=torch.float32, device=x.q.device) for _ in range(2))
+    if keep or plan.map == "none":
+        peak = empty(rows, dtype=torch.float32, device=x.q.device)
+    if keep and plan.map != "none":
+        total = empty(rows, dtype=torch.float32, device=x.q.device)
     table = tuned(plan, x.q, "read")
     slices = -(-plan.channels // table["BV"])
     team = team_of(plan, x, plan.heads // plan.key_heads)
@@ -108,7 +117,8 @@ def read(plan: Plan, x: Inputs, states: Maybe, masses: Maybe) -> tuple[torch.Ten
         "OWN": plan.own, "KEYS": plan.heads // plan.key_heads, "STATES": plan.heads // plan.state_heads,
         "BZ": cover(plan.sinks) if plan.sinks else 0, "TEAM": team, "CUT": cut[1] > 1,
         "BOUND": bound(plan), "EVEN": even(plan, x), "TABLE": x.blocks is not None, **table,
-    })  # fmt: skip
+    }, tag="kept" if keep else "")  # fmt: skip
+    peak, total = (out.new_empty(0, dtype=torch.float32) if y is None else y for y in (peak, total))
     return out.transpose(1, 2), peak, total
 
 

@@ -82,7 +82,10 @@ def forward(
     mix: str, own: bool, scale: float, window_weight: float, sinks: int, softcap: float | None,
     last: bool, keep: bool, maps_only: bool,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:  # fmt: skip
-    """out, peak, total, final state, states, masses; empty where they were not asked for (`last`, `keep`)."""
+    """out, peak, total, final state, states, masses; empty where they were not asked for (`last`, `keep`).
+
+    What was not kept for a way back is computed again on it.
+    """
     plan = make_plan(q, k, k_weight, fk, state_heads, map, window, lag, mix, own, scale, window_weight, sinks, softcap)
     x = _inputs(plan, dict(zip(GIVEN, _given(locals()))), first, sequences, blocks)
     states = masses = None
@@ -91,7 +94,7 @@ def forward(
         states, masses, last_state, last_mass = launch.scan(plan, x, last=last)
         if last_state is not None and last_mass is not None:
             final = launch.packed_state(plan, last_state, last_mass)
-    out, peak, total = launch.read(plan, x, states, masses)
+    out, peak, total = launch.read(plan, x, states, masses, keep=keep)
     if not keep or states is None or masses is None:
         states, masses = q.new_empty(0), q.new_empty(0, dtype=torch.float32)
     return out, peak, total, final, states, masses
@@ -111,7 +114,7 @@ def _(q, k, v, q_weight, k_weight, q_bias, k_bias, fq, fk, near, sink_k, sink_v,
     batch, heads, tokens, channels = q.shape
     count = batch if sequences is None else sequences.shape[0]
     every = batch * plan.blocks if blocks is None else blocks.shape[0]
-    rows = q.new_empty((batch, heads, tokens), dtype=torch.float32)
+    kept, alone = (batch, heads, tokens), map == "none"
     final = (count, state_heads, plan.features, channels + 1) if last and map != "none" else (0,)
     tiles: tuple[int, ...] = (0,)
     if keep and map != "none":
@@ -119,8 +122,8 @@ def _(q, k, v, q_weight, k_weight, q_bias, k_bias, fq, fk, near, sink_k, sink_v,
         tiles = (every + count * segments * (segments > 1), state_heads, plan.parts, channels, plan.tile)
     return (
         q.new_empty((batch, tokens, heads, channels)).transpose(1, 2),
-        rows,
-        torch.empty_like(rows),
+        q.new_empty(kept if keep or alone else 0, dtype=torch.float32),
+        q.new_empty(kept if keep and not alone else 0, dtype=torch.float32),
         q.new_empty(final, dtype=torch.float32),
         q.new_empty(tiles),
         q.new_empty((*tiles[:3], tiles[4]) if len(tiles) > 1 else tiles, dtype=torch.float32),
@@ -147,6 +150,7 @@ def backward(
     if map != "none":
         if not states.numel():
             states, masses, _, _ = launch.scan(plan, x)
+            _, peak, total = launch.read(plan, x, states, masses, keep=True)
         rows = backwards.query_maps(plan, x, states, masses, grad, out, peak, total, alone=maps_only)
         del states, masses
         d_states, d_masses, _, _ = launch.scan(plan, x, grad=grad, row_scale=rows["scale"], row_mass=rows["mass"])

@@ -303,9 +303,9 @@ def read_kernel(
             tl.store(out, acc.to(out_ptr.dtype.element_ty), mask=stored, eviction_policy="evict_first")
         if first_v == 0:
             at_row = (row * HEADS + wide) * T + start + token
-            if WINDOW:
+            if WINDOW and peak_ptr is not None:
                 tl.store(peak_ptr + at_row, peak, mask=live)
-            if MAP != NO_MAP:
+            if MAP != NO_MAP and total_ptr is not None:
                 tl.store(total_ptr + at_row, far, mask=live)
 
 
@@ -319,6 +319,7 @@ def gate_cases(arch: int = 90):  # type: ignore[no-untyped-def]
     gemma = {"KEYS": 2, "TEAM": 1, "BOUND": GEMMA}
     return [
         gate_case(read_kernel, rows, "shared mix", absent=sinks, TEAM=team),
+        gate_case(read_kernel, rows, "shared mix, no gradients", absent=(*sinks, "peak_ptr", "total_ptr"), TEAM=team),
         gate_case(read_kernel, rows, "shared mix, scan in segments", absent=sinks, TEAM=team, CUT=True),
         gate_case(read_kernel, rows, "shared mix, blocks cut short", absent=sinks, EVEN=False, TEAM=team),
         gate_case(read_kernel, small, "mix by mass, sinks, head of 64", MIX=3, D=64, BD=64, BZ=16, TEAM=team),

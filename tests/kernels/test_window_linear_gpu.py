@@ -162,3 +162,17 @@ def test_one_graph() -> None:
     layer(**other).sum().backward()
     for name, y in one.items():
         torch.testing.assert_close(y.grad, other[name].grad)
+
+
+@pytest.mark.parametrize("train", ["all", "maps"])
+def test_with_gradients_after_without(train: str) -> None:
+    """Without gradients less is written, by other machine code: what was found for the one must not serve the other."""
+    x = tensors(heads=(4, 2), length=192, size=64, width=32, map="hedgehog_softmax", mix="shared")
+    options: dict[str, Any] = {"window": 64, "scale": 0.125, "map": "hedgehog_softmax", "train": train}
+    first = run(x, torch.bfloat16, "triton", **options)
+    low = {name: y.bfloat16() if name in "qkv" else y for name, y in x.items()}
+    with torch.no_grad():
+        plain = window_linear(**low, backend="triton", **options)
+    assert isinstance(plain, torch.Tensor) and torch.equal(plain, first["out"])
+    again = run(x, torch.bfloat16, "triton", **options)
+    assert all(torch.equal(again[name], first[name]) for name in first)
