@@ -18,7 +18,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from linearize.convert.align_loss import FLOOR, joint_loss, layer_loss
+from linearize.convert.align_loss import FLOOR, joint_loss, layer_loss, same_projections
 from linearize.convert.capture import TeacherLayer, captured
 from linearize.convert.checkpoint import Checkpoint, Run, pack_state, save
 from linearize.convert.lanes import Lanes
@@ -103,10 +103,12 @@ def transfer_micro_batch(
     scale: float = 1.0,
     task: Task = CAUSAL,
     lanes: Lanes | None = None,
+    projected: Collection[int] = (),
 ) -> Tensor:
     """Run the teacher on ids [B, T]; add `scale` times every layer's gradients to its parameters.
 
-    Layers in `hidden` run without their window; layers run side by side in `lanes`. Returns losses and normalised
+    Layers in `hidden` run without their window; layers run side by side in `lanes`; those in `projected` take the
+    teacher's queries, keys and values, which are theirs (align_loss.same_projections). Returns losses and normalised
     errors, fp32 [2, layers].
     """
     lanes = Lanes(ids.device) if lanes is None else lanes
@@ -144,11 +146,20 @@ def transfer_micro_batch(
     with (
         torch.no_grad(),
         autocast(ids.device),
-        captured(teacher, list(attentions), on_layer, weights=align.objective == "weights"),
+        captured(teacher, list(attentions), on_layer, weights=align.objective == "weights", projected=projected),
     ):
         body(teacher)(**task.call(ids))
     lanes.join()
     return torch.stack((torch.stack(losses), torch.stack(errors))).float()
+
+
+def shared_projections(teacher: Any, attentions: dict[int, nn.Module], members: dict[int, list[str]]) -> frozenset[int]:
+    """Layers whose queries, keys and values are the teacher's, and stay so: only the mixer is among their `members`."""
+    family = lookup(teacher.config)
+    if family.bidirectional:
+        return frozenset()
+    frozen = {i for i, names in members.items() if all(".mixer." in name for name in names)}
+    return frozenset(i for i in frozen if same_projections(attentions[i], family.attention_of(teacher, i)))
 
 
 def align_layers(
@@ -197,10 +208,13 @@ def align_layers(
     recorded = worth_recording(teacher, device)
     plain = recorded and not align.window_dropout and not task.varied
     lanes = Lanes.fitting(device, micro * shape.context * body(teacher).config.hidden_size, recorded=plain)
+    projected = shared_projections(teacher, attentions, members)
 
     def micro_batch(ids: Tensor, hidden: tuple[int, ...]) -> Tensor:
         scale = len(ids) / shape.batch
-        return transfer_micro_batch(teacher, attentions, ids, align, hidden=hidden, scale=scale, task=task, lanes=lanes)
+        return transfer_micro_batch(
+            teacher, attentions, ids, align, hidden=hidden, scale=scale, task=task, lanes=lanes, projected=projected
+        )
 
     replay = Replay(micro_batch, device, enabled=plain)
 

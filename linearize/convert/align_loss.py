@@ -7,6 +7,7 @@ from contextlib import contextmanager, nullcontext
 from dataclasses import replace
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from linearize.convert.capture import TeacherLayer
@@ -44,6 +45,8 @@ def student_layer(
 ) -> tuple[Tensor, ...]:
     """Run a student's attention on the teacher's input; `real` bool [B, T] tells padding to an encoder's.
 
+    Its mixer alone, where the teacher's queries, keys and values were taken, too.
+
     Returns its heads [B, T, H, D], its output [B, T, hidden], which is that of the heads side by side unless
     `projected`, and, with `weights`, its row weights [B, H, T, T] (else an empty tensor).
     """
@@ -51,12 +54,36 @@ def student_layer(
     mixer.branches, mixer.record, mixer.record_weights = branches, True, weights
     padding = {} if real is None else {"mixer_real": real}
     try:
-        with nullcontext() if projected else heads_alone(attention):
-            output = attention(layer.hidden_states, **layer.kwargs, **padding)[0]
+        if layer.projected is not None:
+            output = _from_projected(attention, layer, *layer.projected, projected=projected)
+        else:
+            with nullcontext() if projected else heads_alone(attention):
+                output = attention(layer.hidden_states, **layer.kwargs, **padding)[0]
         return mixer.last_output, output, mixer.last_weights if weights else output.new_empty(0)
     finally:
         mixer.branches, mixer.record, mixer.record_weights = "full", False, False
         mixer.last_output = mixer.last_linear = mixer.last_weights = None
+
+
+def same_projections(attention: nn.Module, teacher: nn.Module) -> bool:
+    """Whether all of a student's attention but its mixer is the teacher's: then queries, keys and values are."""
+    ours: dict[str, Tensor] = dict(attention.named_parameters()) | dict(attention.named_buffers())
+    ours = {name: x for name, x in ours.items() if not name.startswith("mixer.")}
+    theirs: dict[str, Tensor] = dict(teacher.named_parameters()) | dict(teacher.named_buffers())
+    if ours.keys() != theirs.keys():
+        return False
+    return all(x.dtype == theirs[name].dtype and torch.equal(x, theirs[name]) for name, x in ours.items())
+
+
+def _from_projected(attention: Any, layer: TeacherLayer, q: Tensor, k: Tensor, v: Tensor, *, projected: bool) -> Tensor:
+    """The attention's output, or its heads side by side, from queries, keys and values that are there."""
+    given = dict(layer.kwargs)
+    call = attention.mixer_call(layer.hidden_states, given, given.pop("mixer_layout", None))
+    heads: Tensor = attention.mixer(q, k, v, **call)
+    if projected:
+        output: Tensor = attention.family.project_heads(attention, heads)
+        return output
+    return heads.flatten(-2)
 
 
 def normalised_error(ours: Tensor, theirs: Tensor) -> Tensor:
@@ -102,8 +129,11 @@ def joint_loss(attention: nn.Module, layer: TeacherLayer, objective: str) -> tup
     mixer: Any = attention.mixer
     mixer.record = True
     try:
-        with nullcontext() if objective == "hidden" else heads_alone(attention):
-            output = attention(layer.hidden_states, **layer.kwargs)[0]
+        if layer.projected is not None:
+            output = _from_projected(attention, layer, *layer.projected, projected=objective == "hidden")
+        else:
+            with nullcontext() if objective == "hidden" else heads_alone(attention):
+                output = attention(layer.hidden_states, **layer.kwargs)[0]
         heads, linear = mixer.last_output, mixer.last_linear.to(output.dtype)
     finally:
         mixer.record, mixer.last_output, mixer.last_linear = False, None, None

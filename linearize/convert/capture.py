@@ -39,6 +39,8 @@ class TeacherLayer:
     """[B, H, T, T] fp32 attention weights, if asked for."""
     output: Tensor
     """[B, T, hidden]: its output."""
+    projected: tuple[Tensor, Tensor, Tensor] | None = None
+    """Queries [B, H, T, D], keys and values [B, K, T, D], after norms and RoPE, if asked for."""
 
 
 def _teacher_attention(
@@ -53,8 +55,8 @@ def _teacher_attention(
     output = softmax_attention(module, query, key, value, attention_mask, **kwargs)
     wanted = getattr(module, WANTED, None)
     if wanted is not None:
-        weights = attention_weights(module, query, key, attention_mask, **kwargs) if wanted == "weights" else None
-        setattr(module, TAKEN, (output, weights))
+        weights = attention_weights(module, query, key, attention_mask, **kwargs) if "weights" in wanted else None
+        setattr(module, TAKEN, (output, weights, (query, key, value) if "projected" in wanted else None))
     return output, None
 
 
@@ -65,11 +67,17 @@ AttentionMaskInterface.register(ATTENTION, sdpa_mask)
 
 @contextmanager
 def captured(
-    teacher: Any, layers: Collection[int], on_layer: Callable[[TeacherLayer], None], *, weights: bool = False
+    teacher: Any,
+    layers: Collection[int],
+    on_layer: Callable[[TeacherLayer], None],
+    *,
+    weights: bool = False,
+    projected: Collection[int] = (),
 ) -> Iterator[None]:
     """Call `on_layer` for each of `layers` while the teacher runs, right after that layer's attention.
 
-    What was taken of a layer is dropped before the next one runs. The teacher's own output goes on unchanged.
+    `weights`: with attention weights; `projected`: layers whose queries, keys and values are wanted. What was taken
+    of a layer is dropped before the next one runs. The teacher's own output goes on unchanged.
     """
     before = teacher.config._attn_implementation
     handles = []
@@ -77,7 +85,7 @@ def captured(
     family = lookup(teacher.config)
 
     def hook(index: int, module: Any, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
-        heads, row_weights = module.__dict__.pop(TAKEN)
+        heads, row_weights, tokens = module.__dict__.pop(TAKEN)
         rest = dict(zip(family.arguments, args[1:], strict=False)) | kwargs
         hidden_states = args[0] if args else rest.pop("hidden_states")
         rest |= {"attention_mask": None, family.cache: None}
@@ -89,6 +97,7 @@ def captured(
                 heads=heads,
                 weights=row_weights,
                 output=output[0],
+                projected=tokens,
             )
         )
 
@@ -96,7 +105,7 @@ def captured(
     teacher.set_attn_implementation(ATTENTION)
     try:
         for index, module in modules.items():
-            setattr(module, WANTED, "weights" if weights else "heads")
+            setattr(module, WANTED, ("weights",) * weights + ("projected",) * (index in projected))
             handles.append(module.register_forward_hook(partial(hook, index), with_kwargs=True))
         yield
     finally:

@@ -74,13 +74,19 @@ class LinearAttentionMixin:
         """As the native forward; the layer's state lies in the cache, padding in `mixer_layout`."""
         given = {self.family.arguments[i]: value for i, value in enumerate(args)} | kwargs
         cache = given.pop(self.family.cache, None)
-        call = {
+        call = self.mixer_call(hidden_states, given, mixer_layout)
+        call["cache"] = None if cache is None else cache.layers[self.layer_idx]  # type: ignore[attr-defined]
+        return super().forward(hidden_states, **(given | {"attention_mask": None, "mixer_call": call}))  # type: ignore[misc]
+
+    def mixer_call(
+        self, hidden_states: torch.Tensor, given: dict[str, Any], mixer_layout: Layout | None = None
+    ) -> dict[str, Any]:
+        """What the mixer is told beside queries, keys and values; `given`: the attention's arguments by name."""
+        return {
             "inputs": hidden_states,
             "rotation": given.get("position_embeddings") if self.rotates else None,
             "layout": self.mixer_layout if mixer_layout is None else mixer_layout,
-            "cache": None if cache is None else cache.layers[self.layer_idx],  # type: ignore[attr-defined]
         }
-        return super().forward(hidden_states, **(given | {"attention_mask": None, "mixer_call": call}))  # type: ignore[misc]
 
 
 class LayoutLayerMixin:

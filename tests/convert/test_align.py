@@ -18,6 +18,7 @@ from linearize.convert.align import (
     aligned_names,
     branches_of,
     match,
+    shared_projections,
     transfer_micro_batch,
     window_hidden,
 )
@@ -249,6 +250,47 @@ def test_o_proj_runs_only_where_what_it_gives_is_compared(make_teacher: Callable
     del attention.o_proj.forward
     layer_loss(attention, layer, "full", "output")
     assert "forward" not in attention.o_proj.__dict__
+
+
+@pytest.mark.parametrize("name", ["llama tied, head_dim 16, biases", "qwen3 norms, head_dim 16, yarn"])
+@pytest.mark.parametrize("mixer", [SPEC, ALL["mass-own"], ALL["mass-scale-delta"]])
+def test_the_teachers_projections_serve_where_they_are_the_students(
+    make_teacher: Callable[..., Any], name: str, mixer: MixerSpec
+) -> None:
+    """Bit by bit the same losses and gradients, and no projection is made twice."""
+    teacher = make_teacher(name)
+    student = student_of(teacher, {1}, mixer)
+    attentions, runs = dict(attention_layers(student)), []
+    named = {n: p for n, p in student.named_parameters() if ".mixer." in n}
+    for attention in attentions.values():
+        attention.q_proj.register_forward_hook(lambda *_: runs.append(1))
+    for objective in ("output", "weights", "hidden"):
+        for branch in ("mix", "both"):
+            align, found = Align(objective=objective, branch=branch), []
+            for projected in ((), attentions):
+                with trainable(named.values()):
+                    runs.clear()
+                    table = transfer_micro_batch(teacher, attentions, ids(), align, projected=projected)
+                    found.append([table, *(p.grad.clone() for p in named.values() if p.grad is not None)])
+                assert bool(runs) == (not projected)
+            assert len(found[0]) == len(found[1]) > 1
+            assert all(torch.equal(a, b) for a, b in zip(*found, strict=True))
+
+
+def test_projections_of_its_own_are_the_students(make_teacher: Callable[..., Any]) -> None:
+    teacher = make_teacher("llama tied, head_dim 16, biases")
+    student = student_of(teacher, {1})
+    attentions = dict(attention_layers(student))
+
+    def shared(*train: str) -> frozenset[int]:
+        align = Align(train=("mixer", *train))
+        return shared_projections(teacher, attentions, {i: aligned_names(student, align, [i]) for i in attentions})
+
+    assert shared() == set(attentions) == {0, 2}
+    assert shared("q_proj") == shared("v_proj") == set()
+    with torch.no_grad():
+        attentions[2].k_proj.bias.add_(1e-3)
+    assert shared() == {0}
 
 
 def test_branches_and_dropped_windows() -> None:
