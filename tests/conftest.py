@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -54,6 +54,16 @@ def undocumented() -> Callable[[str, dict[str, Any]], list[str]]:
 
     tables = schema.tables(ROOT / "docs" / "json.md")
     return lambda section, output: schema.complaints(output, tables[section])
+
+
+@pytest.fixture
+def poisoned_memory() -> Iterator[None]:
+    """Uninitialised tensors hold NaN, as torch.utils.deterministic.fill_uninitialized_memory has it by default."""
+    import torch
+
+    torch.use_deterministic_algorithms(True)
+    yield
+    torch.use_deterministic_algorithms(False)
 
 
 @pytest.fixture

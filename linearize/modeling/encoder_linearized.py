@@ -19,7 +19,7 @@ from torch import nn
 from transformers.modeling_utils import AttentionInterface
 
 from .encoder_spec import misfit
-from .feature_maps import FeatureMap, feature_size
+from .feature_maps import FeatureMap, feature_size, set_start_values
 from .mixer_spec import MixerSpec
 
 ENCODER_ATTENTION = "linearized_encoder_mixer"
@@ -63,14 +63,14 @@ class BidirectionalMixer(nn.Module):
         self.k_map = FeatureMap(spec.feature_map, num_heads, head_dim, spec.feature_dim)
         self.reset_parameters()
 
-    @torch.no_grad()
+    def initial_values(self) -> dict[str, torch.Tensor]:
+        """Start value of every parameter, by name, on the CPU in float32; none on meta."""
+        maps = {"q_map": self.q_map, "k_map": self.k_map}
+        return {f"{name}.{key}": x for name, own in maps.items() for key, x in own.initial_values().items()}
+
     def reset_parameters(self) -> None:
         """Initialise everything that no checkpoint has set."""
-        for feature_map in (self.q_map, self.k_map):
-            for name, value in feature_map.initial_values().items():
-                tensor = getattr(feature_map, name)
-                if not getattr(tensor, "_is_hf_initialized", False):
-                    tensor.copy_(value)
+        set_start_values(self)
 
     def forward(
         self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, *, real: torch.Tensor | None = None
@@ -143,8 +143,8 @@ class EncoderInitMixin:
     """Mixers missing from a checkpoint get their own start values, never transformers' random ones."""
 
     def _init_weights(self, module: nn.Module) -> None:
-        if isinstance(module, BidirectionalMixer):
-            module.reset_parameters()
+        if isinstance(module, (BidirectionalMixer, FeatureMap)):
+            set_start_values(module, recurse=False)
         else:
             super()._init_weights(module)  # type: ignore[misc]
 

@@ -105,6 +105,20 @@ def start_values(make: Callable[[Any], dict[str, torch.Tensor]]) -> Callable[[An
     return run
 
 
+@torch.no_grad()
+def set_start_values(module: nn.Module, *, recurse: bool = True) -> None:
+    """Give `module`'s tensors their `initial_values`, but for those that a checkpoint has set.
+
+    recurse: those of its children too. transformers visits every module by itself, children first.
+    """
+    tensors = dict(module.named_parameters(recurse=recurse)) | dict(module.named_buffers(recurse=recurse))
+    missing = {name: x for name, x in tensors.items() if not getattr(x, "_is_hf_initialized", False)}
+    if missing:
+        made = module.initial_values()  # type: ignore[operator]
+        for name in missing.keys() & made.keys():  # on meta nothing is made
+            missing[name].copy_(made[name])
+
+
 @lru_cache(maxsize=8)
 def _bases(head_dim: int, width: int) -> torch.Tensor:
     """[D, width]: the identity and, beyond D columns, rotations of it; the same for queries and keys (fixed seeds).

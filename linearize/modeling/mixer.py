@@ -17,7 +17,7 @@ import torch
 import torch.nn.functional as nnf
 from torch import nn
 
-from .feature_maps import SCALED, FeatureMap, OwnProjection, feature_size, start_values
+from .feature_maps import SCALED, FeatureMap, OwnProjection, feature_size, set_start_values, start_values
 from .fused import mix as fused_mix
 from .gates import Decay, TokenGate, TokenScore
 from .layout import Layout
@@ -114,13 +114,9 @@ class Mixer(nn.Module):
             values["norm_weight"] = torch.ones(self.num_heads, self.head_dim)
         return values
 
-    @torch.no_grad()
     def reset_parameters(self) -> None:
         """Initialise everything that no checkpoint has set."""
-        tensors = dict(self.named_parameters()) | dict(self.named_buffers())
-        for name, value in self.initial_values().items():
-            if not getattr(tensors[name], "_is_hf_initialized", False):
-                tensors[name].copy_(value)
+        set_start_values(self)
 
     # ------------------------------------------------------------------------------------------------- executions
 

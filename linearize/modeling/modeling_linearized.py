@@ -20,11 +20,15 @@ from .cache_linearized import LinearizedCache
 from .configuration_linearized import ByFamily, config_class, head_sizes
 from .decode_graph import DecodeGraph, why_not
 from .family_table import FAMILIES, Family
+from .feature_maps import FeatureMap, OwnProjection, set_start_values
+from .gates import Decay, TokenScore
 from .layout import Layout, document_mask, packed_layout, padded_layout
 from .mixer import BRANCHES, Mixer
 from .pointwise import quick_class, quicken
 
 MIXER_ATTENTION = "linearized_mixer"
+MIXER_PARTS = (Mixer, FeatureMap, OwnProjection, Decay, TokenScore)
+"""Modules with `initial_values`. Each starts its own tensors: transformers passes over a module that lacks none."""
 
 
 def mixer_attention(
@@ -111,8 +115,8 @@ class MixerInitMixin:
     """Mixers missing from a checkpoint get their own start values, never transformers' random ones."""
 
     def _init_weights(self, module: nn.Module) -> None:
-        if isinstance(module, Mixer):
-            module.reset_parameters()
+        if isinstance(module, MIXER_PARTS):
+            set_start_values(module, recurse=False)
         else:
             super()._init_weights(module)  # type: ignore[misc]
 

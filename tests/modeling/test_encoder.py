@@ -224,3 +224,23 @@ def test_half_precision_mixes_in_float32() -> None:
     half = mixer(*(x.bfloat16() for x in (q, k, v)))
     exact = mixer(*(x.bfloat16().float() for x in (q, k, v)))
     assert half.dtype == torch.bfloat16 and torch.equal(half, exact.bfloat16())
+
+
+@pytest.mark.usefixtures("poisoned_memory")
+@pytest.mark.parametrize("family", NATIVE)
+def test_missing_maps_start_at_their_own_values(family: str, tmp_path: Path) -> None:
+    """A teacher's checkpoint loaded as a student, and one that lacks a single tensor."""
+    student = converted(family)
+    config, kind = NATIVE[family]
+    kind(config(**SIZES, pad_token_id=PAD[family])).save_pretrained(tmp_path / "teacher")
+    fresh = MODELS[family].from_pretrained(tmp_path / "teacher", config=student.config)
+    mixers = [module for module in fresh.modules() if isinstance(module, BidirectionalMixer)]
+    assert len(mixers) == 2
+    for mixer in mixers:
+        assert all(torch.equal(mixer.state_dict()[name], x) for name, x in mixer.initial_values().items())
+    state = student.state_dict()
+    lost = next(name for name in state if name.endswith("mixer.k_map.bias"))
+    student.save_pretrained(tmp_path / "student", state_dict={name: x for name, x in state.items() if name != lost})
+    found = MODELS[family].from_pretrained(tmp_path / "student").state_dict()
+    assert bool((found.pop(lost) == 0).all())
+    assert all(torch.equal(x, state[name]) for name, x in found.items())

@@ -6,11 +6,13 @@ import json
 import os
 import subprocess
 import sys
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 
 import linearize.modeling
 from linearize.modeling.cache_linearized import LinearizedCache
@@ -231,16 +233,44 @@ def test_saving_an_export_again_keeps_its_code(tmp_path: Path) -> None:
     assert done.stdout.strip() == want.hex(), done.stderr
 
 
-def test_missing_mixers_start_at_their_own_values(tmp_path: Path) -> None:
+def require_start_values(mixer: Any, names: Iterable[str]) -> None:
+    """Equal to the start values, or where those are drawn, of their size."""
+    found, once, again = mixer.state_dict(), mixer.initial_values(), mixer.initial_values()
+    for name in names:
+        if torch.equal(once[name], again[name]):
+            assert torch.equal(found[name], once[name]), name
+        else:
+            assert 0.5 < found[name].std() / once[name].std() < 2, name
+
+
+@pytest.mark.usefixtures("poisoned_memory")
+@pytest.mark.parametrize("recipe", SPECS)
+def test_missing_mixers_start_at_their_own_values(recipe: str, tmp_path: Path) -> None:
     """A teacher's checkpoint loaded as a student: no random and no uninitialised mixer, whatever else is wrong."""
     native = teacher("llama")
-    config = linearized_config(native.config, layer_mixers=["linear"] * 3, spec=SPECS["lolcats"])
+    config = linearized_config(native.config, layer_mixers=["linear"] * 3, spec=SPECS[recipe])
     native.save_pretrained(tmp_path)
     student = MODELS["llama"].from_pretrained(tmp_path, config=config)
     for _, attention in attention_layers(student):
-        for name, value in attention.mixer.initial_values().items():
-            assert torch.equal(attention.mixer.state_dict()[name], value)
+        require_start_values(attention.mixer, attention.mixer.state_dict())
         assert torch.equal(attention.q_proj.weight, native.model.layers[attention.layer_idx].self_attn.q_proj.weight)
+
+
+@pytest.mark.usefixtures("poisoned_memory")
+@pytest.mark.parametrize("recipe", SPECS)
+def test_a_missing_tensor_starts_at_its_own_value(recipe: str, tmp_path: Path) -> None:
+    """And what is there stays, the rest of its module too."""
+    student = convert(teacher("llama"), SPECS[recipe])
+    student.save_pretrained(tmp_path)
+    whole = load_file(tmp_path / "model.safetensors")
+    path = "model.layers.1.self_attn.mixer."
+    for name in student.get_submodule(path[:-1]).state_dict():
+        rest = {key: x for key, x in whole.items() if key != path + name}
+        assert len(rest) == len(whole) - 1
+        save_file(rest, tmp_path / "model.safetensors", metadata={"format": "pt"})
+        loaded = type(student).from_pretrained(tmp_path)
+        require_start_values(loaded.get_submodule(path[:-1]), [name])
+        assert all(torch.equal(loaded.state_dict()[key], x) for key, x in rest.items())
 
 
 @pytest.mark.parametrize("recipe", SPECS)
