@@ -10,10 +10,11 @@ import copy
 from functools import cache
 from importlib import import_module
 from operator import attrgetter
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 import torch
 from torch import nn
+from transformers.cache_utils import DynamicCache, StaticCache
 from transformers.modeling_utils import AttentionInterface
 
 from .cache_linearized import LinearizedCache
@@ -334,12 +335,20 @@ def _has_read(cache: Any) -> bool:
 
 
 def _adopt(cache: Any, config: Any) -> LinearizedCache:
-    """An empty cache of another kind is replaced by ours; one that has read tokens cannot be."""
-    if _has_read(cache):
+    """Turn the caller's empty DynamicCache or StaticCache into ours: the same object, for the caller goes on with it.
+
+    Raises:
+        ValueError: another kind of cache, or one that has read tokens.
+    """
+    if type(cache) not in (DynamicCache, StaticCache) or _has_read(cache):
+        read = f" that has read {cache.get_seq_length()} tokens" if _has_read(cache) else ""
         raise ValueError(
-            f"past_key_values: a converted model continues from a LinearizedCache, not {type(cache).__name__}"
+            "past_key_values: a converted model continues from a LinearizedCache, or fills an empty DynamicCache or "
+            f"StaticCache; got a {type(cache).__name__}{read}"
         )
-    return LinearizedCache(config)
+    cache.__class__ = LinearizedCache
+    cache.__init__(config)
+    return cast(LinearizedCache, cache)
 
 
 class FamilyClasses(NamedTuple):

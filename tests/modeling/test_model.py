@@ -13,6 +13,7 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
+from transformers import DynamicCache, EncoderDecoderCache, StaticCache
 
 import linearize.modeling
 from linearize.modeling.cache_linearized import LinearizedCache
@@ -164,16 +165,38 @@ def test_an_older_transformers_is_refused_by_name() -> None:
             require_transformers(old)
 
 
+@pytest.mark.parametrize("plan", [["linear"] * 3, ["linear", "softmax", "linear"]], ids=["linear", "hybrid"])
+@pytest.mark.parametrize("kind", ["dynamic", "bare", "static"])
+@torch.no_grad()
+def test_the_callers_own_cache_is_filled(kind: str, plan: list[str]) -> None:
+    """Whoever made it goes on with it, and with none that the model made instead."""
+    student, x = convert(teacher("llama"), SPECS["lolcats"], plan), ids(2, 150)
+    make = {
+        "dynamic": lambda: DynamicCache(config=student.config),
+        "bare": DynamicCache,
+        "static": lambda: StaticCache(config=student.config, max_cache_len=200),
+    }[kind]
+    cache, whole = make(), student(x, use_cache=False).logits
+    for first, last in ((0, 99), (99, 100), (100, 150)):
+        out = student(x[:, first:last], past_key_values=cache)
+        assert out.past_key_values is cache and cache.get_seq_length() == last
+        assert relative(out.logits, whole[:, first:last]) < 1e-5
+    cache, options = make(), {"do_sample": False, "eos_token_id": None, "pad_token_id": 0}
+    for length in (30, 10):
+        x = student.generate(x, past_key_values=cache, max_new_tokens=length, **options)
+        assert cache.get_seq_length() == x.shape[1] - 1
+    assert torch.equal(x, student.generate(x[:, :150], use_cache=False, max_new_tokens=40, **options))
+
+
 @torch.no_grad()
 def test_foreign_caches_and_masks_are_refused_clearly() -> None:
-    from transformers import DynamicCache
-
     native = teacher("llama")
     student = convert(native, SPECS["lolcats"])
-    student(ids(1, 5), past_key_values=DynamicCache(config=student.config))  # empty: replaced
     used = native(ids(1, 5), use_cache=True).past_key_values
-    with pytest.raises(ValueError, match="LinearizedCache, not DynamicCache"):
+    with pytest.raises(ValueError, match="got a DynamicCache that has read 5 tokens"):
         student(ids(1, 5), past_key_values=used)
+    with pytest.raises(ValueError, match="got a EncoderDecoderCache"):
+        student(ids(1, 5), past_key_values=EncoderDecoderCache(DynamicCache(), DynamicCache()))
     with pytest.raises(ValueError, match="attention_mask"):
         student(ids(1, 5), attention_mask=torch.ones(1, 1, 5, 5))
     with pytest.raises(ValueError, match="not croppable"):
