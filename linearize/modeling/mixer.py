@@ -23,6 +23,7 @@ from .gates import Decay, TokenGate, TokenScore
 from .layout import Layout
 from .mixer_spec import MixerSpec
 from .mixer_state import MixerState
+from .offload import at_hand, hooked_parts
 from .rotary import rotate, unrotate
 from .softcap import chunk_window, window_weights
 from .stretches import CHUNK, in_stretches
@@ -143,6 +144,12 @@ class Mixer(nn.Module):
         Returns:
             [B, T, H, D] in q's dtype (the fused ops: in autocast's, where it is on); zeros at padding.
         """
+        if parts := hooked_parts(self):
+            with at_hand(parts):
+                return self._mix(q, k, v, inputs, rotation, layout, cache)
+        return self._mix(q, k, v, inputs, rotation, layout, cache)
+
+    def _mix(self, q, k, v, inputs, rotation, layout, cache) -> torch.Tensor:  # type: ignore[no-untyped-def]
         dtype, length, kind = q.dtype, q.shape[2], q.device.type
         wanted = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else dtype
         with torch.autocast(kind, enabled=False):

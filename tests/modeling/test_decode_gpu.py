@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import copy
 from dataclasses import replace
 from typing import Any
 
+import accelerate
 import pytest
 import torch
 
@@ -112,3 +114,17 @@ def test_a_replay_reads_no_more_after_many_tokens() -> None:
         peaks.append(torch.cuda.max_memory_allocated())
     assert student.decode_graph_reason is None
     assert peaks[2] - peaks[1] < 1e5
+
+
+@pytest.mark.parametrize("recipe", ["lolcats", "pure", "liger-gla", "gated-deltanet", "mamba2"])
+@torch.no_grad()
+def test_weights_that_accelerate_keeps_on_the_cpu(recipe: str) -> None:
+    """Kernels read them where they are brought to, in prefill and in decode, and no graph is made of what moves."""
+    student = convert(teacher("llama"), SPECS[recipe], PLAN).bfloat16()
+    x, options = ids(2, 90).cuda(), {"max_new_tokens": 30, **GREEDY}
+    here = copy.deepcopy(student).cuda()
+    here.decode_graphs = False
+    away = accelerate.cpu_offload(student, execution_device=torch.device("cuda", 0))
+    assert torch.equal(away(x).logits, here(x).logits)
+    assert torch.equal(away.generate(x, **options), here.generate(x, **options))
+    assert away.decode_graph_reason is not None

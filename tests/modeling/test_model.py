@@ -297,6 +297,28 @@ def test_a_missing_tensor_starts_at_its_own_value(recipe: str, tmp_path: Path) -
 
 
 @pytest.mark.parametrize("recipe", SPECS)
+@torch.no_grad()
+def test_weights_that_accelerate_keeps_elsewhere(recipe: str, tmp_path: Path) -> None:
+    """Mixers read weights of their parts without calling them, for which accelerate would bring them."""
+    from accelerate import cpu_offload
+
+    student, x = convert(teacher("llama"), SPECS[recipe], ["linear", "softmax", "linear"]), ids(2, 90)
+    options: dict[str, Any] = {"max_new_tokens": 10, "do_sample": False, "eos_token_id": None, "pad_token_id": 0}
+    logits, text = student(x).logits, student.generate(x, **options)
+    student.save_pretrained(tmp_path / "saved")
+    places = {"model.layers.1": "cpu", "model.layers.2": "disk"} | dict.fromkeys(
+        ("model.embed_tokens", "model.norm", "model.rotary_emb", "model.layers.0", "lm_head"), "cpu"
+    )
+    on_disk = type(student).from_pretrained(tmp_path / "saved", device_map=places, offload_folder=tmp_path / "disk")
+    cpu_offload(student, execution_device=torch.device("cpu"))
+    for moved, layers in ((student, (0, 2)), (on_disk, (2,))):
+        assert torch.equal(moved(x).logits, logits)
+        assert torch.equal(moved.generate(x, **options), text)
+        for layer in layers:  # and they are gone again
+            assert all(p.is_meta for p in moved.model.layers[layer].self_attn.mixer.parameters())
+
+
+@pytest.mark.parametrize("recipe", SPECS)
 def test_gradient_checkpointing_changes_nothing(recipe: str) -> None:
     """Invariant 12, and loss with labels."""
     student = convert(teacher("llama"), SPECS[recipe], ["linear", "softmax", "linear"]).train()
