@@ -6,7 +6,7 @@ Padding and packing are one thing: a batch [B, T] holds N sequences of real toke
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 
@@ -19,6 +19,7 @@ class Layout:
     target: [B, T] index into N*L of the token at (b, t).
     valid: [N, L] bool; real: [B, T] bool, False at padding.
     lengths: [N] number of tokens of each sequence.
+    packed: whether rows hold several sequences, and no padding.
     """
 
     source: torch.Tensor
@@ -26,6 +27,7 @@ class Layout:
     valid: torch.Tensor
     real: torch.Tensor
     lengths: torch.Tensor
+    packed: bool = False
 
     def gather(self, x: torch.Tensor, dim: int) -> torch.Tensor:
         """[B, ..., T at dim, ...] -> [N, ..., L at dim, ...]."""
@@ -60,7 +62,7 @@ def packed_layout(position_ids: torch.Tensor, batch: int) -> Layout | None:
     starts[:, 1:] = position_ids[:, 1:] != position_ids[:, :-1] + 1
     if not bool(starts[:, 1:].any()):
         return None
-    return _layout(torch.ones_like(starts), starts)
+    return replace(_layout(torch.ones_like(starts), starts), packed=True)
 
 
 def document_mask(position_ids: torch.Tensor, batch: int) -> torch.Tensor:

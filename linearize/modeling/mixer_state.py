@@ -103,8 +103,8 @@ class MixerState:
         held = self.tensors["position"].shape[0]
         if batch != held:
             raise ValueError(
-                f"the cache holds {held} rows, the input {batch} sequences; packed documents cannot be continued "
-                "from a cache"
+                f"the cache holds {held} rows, the input {batch} sequences; for n beams or samples of each row, call "
+                "cache.batch_repeat_interleave(n) first. Packed documents have no cache"
             )
 
     # -------------------------------------------------------------------------------------------------- many tokens

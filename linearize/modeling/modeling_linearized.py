@@ -154,19 +154,29 @@ class LinearizedModelMixin(MixerInitMixin):
         if tokens is None or (input_ids is not None and inputs_embeds is not None):
             raise ValueError("You must specify exactly one of input_ids or inputs_embeds")
         config = self.config  # type: ignore[attr-defined]
-        if use_cache is None:
-            use_cache = config.use_cache and not self.training  # type: ignore[attr-defined]
         if past_key_values is not None and not isinstance(past_key_values, LinearizedCache):
             past_key_values = _adopt(past_key_values, config)
-        elif past_key_values is None and use_cache:
-            past_key_values = LinearizedCache(config)
+        if attention_mask is not None and attention_mask.ndim == 2 and len(attention_mask) == 1:
+            attention_mask = attention_mask.expand(len(tokens), -1)
         layout = None
         if past_key_values is not None and past_key_values.stays_frozen(tokens.shape[1]):
             # A step of `generate`: the mask's own length would change from step to step, and its zeros ask the host.
             additive = config._attn_implementation == "eager"
             attention_mask = past_key_values.decode_mask(self.dtype, additive=additive)  # type: ignore[attr-defined]
         else:
-            layout = sequences(tokens, attention_mask, position_ids, fresh=not _has_read(past_key_values))
+            seen = 0 if past_key_values is None else past_key_values.get_seq_length()
+            own_mask = len(config.linear_layers) == config.num_hidden_layers
+            layout = sequences(tokens, attention_mask, position_ids, seen=seen, own_mask=own_mask)
+        packed = bool(config.linear_layers) and layout is not None and layout.packed
+        if packed and (past_key_values is not None or use_cache):
+            raise ValueError(
+                "position_ids start anew within a row, so that it holds several documents: a cache cannot keep them "
+                "apart. Pass use_cache=False and no past_key_values, or one document a row"
+            )
+        if use_cache is None:
+            use_cache = config.use_cache and not self.training and not packed  # type: ignore[attr-defined]
+        if past_key_values is None and use_cache:
+            past_key_values = LinearizedCache(config)
         if position_ids is None and config.linear_layers:
             position_ids = real_positions(tokens, layout, past_key_values, config.linear_layers[0])
             if position_ids is None and self.family.explicit_positions:
@@ -176,7 +186,9 @@ class LinearizedModelMixin(MixerInitMixin):
         if len(config.linear_layers) == config.num_hidden_layers:
             # No layer reads a mask. A 4D one is handed through as it is, so that none of T x T is ever made.
             attention_mask = tokens.new_zeros((1, 1, 1, 1), dtype=torch.bool)
-        elif config.linear_layers and not self.family.packs and layout is not None and bool(layout.real.all()):
+        elif packed and self.family.packs:
+            attention_mask = None  # all ones; only without one do softmax layers look at positions
+        elif packed:
             attention_mask = document_mask(position_ids, tokens.shape[0])  # type: ignore[arg-type]
             if config._attn_implementation == "eager":  # which adds its mask
                 attention_mask = torch.where(attention_mask, 0.0, torch.finfo(self.dtype).min).to(self.dtype)  # type: ignore[attr-defined]
@@ -264,28 +276,37 @@ class LinearizedCausalLMMixin(MixerInitMixin):
 
 
 def sequences(
-    tokens: torch.Tensor, attention_mask: torch.Tensor | None, position_ids: torch.Tensor | None, *, fresh: bool
+    tokens: torch.Tensor,
+    attention_mask: torch.Tensor | None,
+    position_ids: torch.Tensor | None,
+    *,
+    seen: int = 0,
+    own_mask: bool = True,
 ) -> Layout | None:
     """Where the sequences of a call lie: by the mask's zeros, or by positions that start anew; None: one a row.
 
     Args:
-        tokens: [B, T] or [B, T, C]; attention_mask: [B, at least T], the last T columns count; position_ids: [B, T].
-        fresh: no cache has been read, so that rows may hold several documents.
+        tokens: [B, T] or [B, T, C]; position_ids: [B, T].
+        attention_mask: [B, at least seen + T], as transformers reads it; or, with `own_mask`, of these tokens [B, T].
+        seen: tokens that a cache has read; only where there are none may rows hold several documents.
+        own_mask: see above; softmax layers want all of the mask.
 
     Raises:
         ValueError: a mask of another shape; linear layers cannot follow an arbitrary 4D mask.
     """
     batch, length = tokens.shape[:2]
     if attention_mask is not None:
-        if attention_mask.ndim != 2 or attention_mask.shape[1] < length:
+        width = attention_mask.shape[1] if attention_mask.ndim == 2 else 0
+        if len(attention_mask) != batch or not (width >= seen + length or (own_mask and width == length)):
             raise ValueError(
-                f"attention_mask: a converted model needs [batch, at least {length}] with 0 at padding, got "
-                f"{tuple(attention_mask.shape)}"
+                f"attention_mask: a converted model needs [{batch}, {seen + length} or more] with 0 at padding"
+                f"{', the tokens in the cache first' if seen else ''}; got {list(attention_mask.shape)}"
             )
-        layout = padded_layout(attention_mask[:, -length:])
+        first = seen if width >= seen + length else 0
+        layout = padded_layout(attention_mask[:, first : first + length])
         if layout is not None:
             return layout
-    if position_ids is not None and fresh and length > 1:
+    if position_ids is not None and not seen and length > 1:
         return packed_layout(position_ids, batch)
     return None
 

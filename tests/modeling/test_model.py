@@ -24,6 +24,7 @@ from tests.modeling.families import FAMILIES, teacher
 from tests.specs import recipe_specs
 
 SPECS = recipe_specs()
+PLANS = (["linear"] * 3, ["linear", "softmax", "linear"])
 linearize.modeling.register()
 
 
@@ -79,18 +80,74 @@ def test_prefill_steps_and_padding(family: str, recipe: str) -> None:
     assert relative(got[1, 37:], student(x[1:, 37:]).logits[0]) < 1e-5
 
 
+@pytest.mark.parametrize("plan", PLANS)
 @pytest.mark.parametrize("family", FAMILIES)
 @torch.no_grad()
-def test_packed_documents(family: str) -> None:
-    student = convert(teacher(family), SPECS["lolcats"])
-    x = ids(1, 150)
+def test_packed_documents(family: str, plan: list[str]) -> None:
+    """In linear and softmax layers, told by positions alone, with the cache that models have unless told otherwise."""
+    student = convert(teacher(family), SPECS["lolcats"], plan)
+    x, positions = ids(1, 150), torch.cat((torch.arange(67), torch.arange(83)))[None]
+    for options in ({}, {"use_cache": False}, {"attention_mask": torch.ones_like(x)}):
+        got = student(x, position_ids=positions, **options)
+        assert relative(got.logits[:, :67], student(x[:, :67]).logits) < 1e-5
+        assert relative(got.logits[:, 67:], student(x[:, 67:]).logits) < 1e-5
+        assert got.past_key_values is None
+
+
+@torch.no_grad()
+def test_packed_documents_have_no_cache() -> None:
+    student, x = convert(teacher("llama"), SPECS["lolcats"]), ids(1, 150)
     positions = torch.cat((torch.arange(67), torch.arange(83)))[None]
-    got = student(x, position_ids=positions, use_cache=False).logits
-    assert relative(got[:, :67], student(x[:, :67]).logits) < 1e-5
-    assert relative(got[:, 67:], student(x[:, 67:]).logits) < 1e-5
+    for options in ({"use_cache": True}, {"past_key_values": LinearizedCache(student.config)}):
+        with pytest.raises(ValueError, match="use_cache=False and no past_key_values"):
+            student(x, position_ids=positions, **options)
+    cache = student(x).past_key_values
+    with pytest.raises(ValueError, match="batch_repeat_interleave"):
+        student(x[:, :1].repeat(3, 1), past_key_values=cache)
+    cache.batch_repeat_interleave(3)
+    assert student(x[:, :1].repeat(3, 1), past_key_values=cache).logits.shape[0] == 3
 
 
-@pytest.mark.parametrize("plan", [["linear"] * 3, ["linear", "softmax", "linear"]])
+@pytest.mark.parametrize("plan", PLANS)
+@torch.no_grad()
+def test_masks_wider_than_the_text(plan: list[str]) -> None:
+    """What lies beyond the text counts nowhere, as in transformers, which reads masks from their beginning."""
+    student, x = convert(teacher("llama"), SPECS["lolcats"], plan), ids(2, 150)
+    mask = torch.zeros(2, 300, dtype=torch.long)
+    mask[0, :150], mask[1, 37:150] = 1, 1
+    want = student(x, attention_mask=mask[:, :150], use_cache=False).logits
+    cache, parts = LinearizedCache(student.config), []
+    for first, last in ((0, 60), (60, 149), (149, 150)):
+        parts.append(student(x[:, first:last], attention_mask=mask, past_key_values=cache).logits)
+    got = torch.cat(parts, 1)
+    assert relative(got[0], want[0]) < 1e-5 and relative(got[1, 37:], want[1, 37:]) < 1e-5
+    with pytest.raises(ValueError, match=r"needs \[2, 151 or more\] .* the tokens in the cache first; got \[2, 90\]"):
+        student(x[:, :1], attention_mask=mask[:, :90], past_key_values=cache)
+    with pytest.raises(ValueError, match=r"needs \[1, 150 or more\] with 0 at padding; got \[2, 150\]"):
+        student(x[:1], attention_mask=mask[:, :150])
+    alone = student(x, attention_mask=mask[1:, :150], use_cache=False).logits  # one row for all
+    assert relative(alone[1, 37:], want[1, 37:]) < 1e-5
+    assert relative(alone[0, 37:], student(x[:1, 37:]).logits[0]) < 1e-5
+
+
+@torch.no_grad()
+def test_a_mask_of_the_new_tokens_alone() -> None:
+    """Enough for linear layers, which keep no tokens; softmax layers need to know which of theirs were padding."""
+    x, mask = ids(2, 150), torch.ones(2, 50, dtype=torch.long)
+    mask[1, 40:] = 0
+    for plan in PLANS:
+        student = convert(teacher("llama"), SPECS["lolcats"], plan)
+        want = student(x, attention_mask=torch.cat((torch.ones(2, 100, dtype=torch.long), mask), 1)).logits
+        cache = student(x[:, :100]).past_key_values
+        if "softmax" in plan:
+            with pytest.raises(ValueError, match=r"\[2, 150 or more\]"):
+                student(x[:, 100:], attention_mask=mask, past_key_values=cache)
+        else:
+            got = student(x[:, 100:], attention_mask=mask, past_key_values=cache).logits
+            assert relative(got[0], want[0, 100:]) < 1e-5 and relative(got[1, :40], want[1, 100:140]) < 1e-5
+
+
+@pytest.mark.parametrize("plan", PLANS)
 @pytest.mark.parametrize("recipe", SPECS)
 @torch.no_grad()
 def test_generate(recipe: str, plan: list[str]) -> None:
@@ -165,7 +222,7 @@ def test_an_older_transformers_is_refused_by_name() -> None:
             require_transformers(old)
 
 
-@pytest.mark.parametrize("plan", [["linear"] * 3, ["linear", "softmax", "linear"]], ids=["linear", "hybrid"])
+@pytest.mark.parametrize("plan", PLANS, ids=["linear", "hybrid"])
 @pytest.mark.parametrize("kind", ["dynamic", "bare", "static"])
 @torch.no_grad()
 def test_the_callers_own_cache_is_filled(kind: str, plan: list[str]) -> None:
