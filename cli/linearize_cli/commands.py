@@ -355,9 +355,11 @@ def _filled(error: RefusedError) -> bool:
 
 
 def _run_of(out: str) -> bool:
+    from linearize.artifacts.atomic import place_of
+
     # Looked up, not imported: importing torch is a poor answer to Ctrl-C, and without it nothing has been saved.
     checkpoint = sys.modules.get("linearize.convert.checkpoint")
-    return checkpoint is not None and checkpoint.run_folder(Path(out)).is_dir()
+    return checkpoint is not None and checkpoint.run_folder(place_of(out)).is_dir()
 
 
 def _how_to_go_on(out: str, command: list[str]) -> str:

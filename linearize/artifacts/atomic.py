@@ -26,6 +26,15 @@ _FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 _CHUNK = 1 << 20
 
 
+def place_of(path: str | os.PathLike[str]) -> Path:
+    """Where a folder of this name is written: absolute, `~` as the shell knows it, and through a link to what it names.
+
+    A rename of a folder onto a link fails, even where it leads to an empty folder.
+    """
+    place = os.path.abspath(os.path.expanduser(path))
+    return Path(os.path.realpath(place) if os.path.islink(place) and os.path.isdir(place) else place)
+
+
 @contextmanager
 def atomic_directory(final: str | os.PathLike[str], *, replace: bool = False) -> Iterator[Path]:
     """Yield an empty temporary folder beside `final`; on success it becomes `final` in one rename.
@@ -35,7 +44,7 @@ def atomic_directory(final: str | os.PathLike[str], *, replace: bool = False) ->
     RefusedError, before anything is written and again at the end. A full disk raises RefusedError; other OSErrors pass
     through.
     """
-    final = Path(os.path.abspath(final))
+    final = place_of(final)
     if not replace:
         require_empty(final)
     elif final.exists() and not final.is_dir():
@@ -161,7 +170,7 @@ def sha256(path: str | os.PathLike[str]) -> str:
 
 
 def require_empty(out: str | os.PathLike[str]) -> None:
-    """RefusedError unless `out` is absent or an empty folder."""
+    """RefusedError unless `out` is absent or an empty folder that a rename may replace."""
     path = Path(out)
     if path.is_symlink() and not path.exists():
         raise RefusedError(f"{path} is a dangling link", "Choose another folder.")
@@ -171,6 +180,18 @@ def require_empty(out: str | os.PathLike[str]) -> None:
         raise RefusedError(f"{path} is a file, not a folder", "Choose another folder.")
     if any(path.iterdir()):
         raise RefusedError(f"{path} is not empty", "Choose another folder.")
+    inside = f"Choose a folder within it, such as {path / 'model'}."
+    if os.path.ismount(path):
+        raise RefusedError(f"{path} is a mount point, which cannot be replaced by a finished folder", inside)
+    if _is_current(path):
+        raise RefusedError(f"{path} is the current folder, which would be replaced under your shell", inside)
+
+
+def _is_current(path: Path) -> bool:
+    try:
+        return path.samefile(os.curdir)
+    except OSError:  # the current folder was removed
+        return False
 
 
 def require_free_space(path: str | os.PathLike[str], size: int) -> None:

@@ -6,6 +6,7 @@ import os
 import shlex
 from pathlib import Path
 
+from linearize.artifacts.atomic import place_of
 from linearize.artifacts.manifest import MANIFEST
 from linearize.artifacts.weights import read_json, require_inside
 from linearize.errors import UsageError
@@ -23,7 +24,7 @@ def run_folder(out: Path) -> Path:
 
 def unfinished_out(folder: Path) -> Path | None:
     """The OUT of an unfinished conversion, where `folder` is that OUT, still empty or absent, or its run folder."""
-    path = Path(os.path.abspath(folder))
+    path = place_of(folder)
     if path.name.startswith(".") and path.name.endswith(RUN) and len(path.name) > len(RUN) + 1 and path.is_dir():
         return path.with_name(path.name[1 : -len(RUN)])
     waiting = not path.exists() or (path.is_dir() and not any(path.iterdir()))

@@ -11,7 +11,7 @@ import time
 from contextlib import suppress
 from pathlib import Path
 
-from linearize.artifacts.atomic import require_empty
+from linearize.artifacts.atomic import place_of, require_empty
 from linearize.artifacts.exports import RUN, run_folder
 from linearize.artifacts.load import resolve
 from linearize.artifacts.manifest import MANIFEST
@@ -37,7 +37,7 @@ def refuse_early(model: str | os.PathLike[str], out: str | os.PathLike[str], dat
 
 
 def path_of(out: str | os.PathLike[str]) -> Path:
-    """OUT, absolute.
+    """Where OUT lies; see `place_of`.
 
     Raises:
         UsageError: it is empty, as an unset variable of a shell is, or no name that a disk can hold.
@@ -47,7 +47,7 @@ def path_of(out: str | os.PathLike[str]) -> Path:
         raise UsageError("OUT is empty", "Name the folder to make.")
     if "\0" in name:
         raise UsageError("OUT holds a zero byte", "Choose another name.")
-    path = Path(os.path.abspath(name))
+    path = place_of(name)
     if len(os.fsencode(path.name)) > LONGEST:
         raise UsageError(f"the name of OUT is longer than {LONGEST} bytes", "Choose a shorter one.")
     return path

@@ -25,7 +25,7 @@ from linearize.artifacts.weights import digest_checkpoint, read_tensors
 from linearize.convert import export, plan
 from linearize.convert.card import front_matter
 from linearize.convert.checkpoint import open_run
-from linearize.convert.early import require_out
+from linearize.convert.early import path_of, require_out
 from linearize.convert.families import require_family
 from linearize.convert.lolcats_card import card, notes_on
 from linearize.convert.lolcats_format import PAPER, SCALE, TARGETS, Published, read_published
@@ -60,7 +60,7 @@ def import_lolcats(
 ) -> dict[str, Any]:
     """Put LoLCATs' published weights onto their base model and export it to the folder `out`; see `linearize.api`."""
     watch = progress or NullProgress()
-    target = Path(os.path.abspath(out))
+    target = path_of(out)
     begin = time.monotonic()
     seconds: dict[str, float] = {}
     require_out(target, resume=False)

@@ -15,7 +15,6 @@ import os
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, replace
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -26,7 +25,7 @@ from linearize.convert import checkpoint, exact, export
 from linearize.convert.align import align_layers, aligned_names, match
 from linearize.convert.calibrate import calibrate
 from linearize.convert.checkpoint import Checkpoint, Run, open_run
-from linearize.convert.early import require_out
+from linearize.convert.early import path_of, require_out
 from linearize.convert.finetune import Trained, finetune_model, kept_names, prepare
 from linearize.convert.finetune_loss import mean_loss
 from linearize.convert.history import write_history
@@ -82,7 +81,7 @@ def convert(
     require_tracker(report_to)
     require_teacher_bits(teacher_bits, stream=stream)
     watch = progress or NullProgress()
-    target = Path(os.path.abspath(out))
+    target = path_of(out)
     begin = time.monotonic()
     require_out(target, resume=resume)
     device = select_device(chosen.device)

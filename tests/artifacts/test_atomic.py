@@ -256,6 +256,39 @@ def test_out_must_be_empty(tmp_path):
         atomic.require_empty(tmp_path / "link")
 
 
+def test_a_link_to_an_empty_folder_stays_and_the_folder_is_filled(tmp_path: Path) -> None:
+    (tmp_path / "elsewhere" / "real").mkdir(parents=True)
+    link = tmp_path / "link"
+    link.symlink_to("elsewhere/real")
+    write(link, b"one")
+    assert link.is_symlink() and state(tmp_path / "elsewhere" / "real") == "one"
+    write(link, b"two", replace=True)
+    assert link.is_symlink() and state(tmp_path / "elsewhere" / "real") == "two"
+    assert leftovers(tmp_path / "elsewhere" / "real") == []
+    link.unlink()
+    link.symlink_to("nowhere")
+    with pytest.raises(RefusedError, match="dangling link"):
+        write(link, b"three")
+
+
+@pytest.mark.parametrize("place", ["a mount point", "the current folder"])
+def test_a_folder_that_no_rename_replaces_is_refused_before_the_work(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, place: str
+) -> None:
+    out = tmp_path / "out"
+    out.mkdir()
+    if place == "a mount point":
+        monkeypatch.setattr(atomic.os.path, "ismount", lambda path: Path(path) == out)
+    else:
+        monkeypatch.chdir(out)
+        monkeypatch.setenv("PWD", str(out))
+    refusal = pytest.raises(RefusedError, match=rf"is {place}.*Choose a folder within it, such as .*/out/model")
+    with refusal, atomic.atomic_directory(out):
+        raise AssertionError("it began")
+    write(out / "model", b"one")
+    assert state(out / "model") == "one"
+
+
 def test_a_folder_filled_meanwhile_is_not_overwritten(tmp_path):
     out = tmp_path / "out"
     with pytest.raises(RefusedError, match="not empty"), atomic.atomic_directory(out) as work:

@@ -15,8 +15,9 @@ from pathlib import Path
 
 import pytest
 
+from linearize.artifacts.exports import unfinished_out
 from linearize.convert.checkpoint import open_run
-from linearize.convert.early import LOCK, refuse_early, require_out, run_folder
+from linearize.convert.early import LOCK, path_of, refuse_early, require_out, run_folder
 from linearize.errors import RefusedError
 
 SECOND = """
@@ -144,3 +145,17 @@ def test_a_finished_conversion_is_not_written_into(tmp_path: Path, place: str) -
         ):
             require_out(tmp_path / "export" / place, resume=resume)
     require_out(tmp_path / "export-2" / place, resume=False)
+
+
+def test_out_by_a_link_or_from_home_is_the_folder_it_names(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The run lies beside the folder itself, so the last rename has no disk to cross and every name finds it."""
+    (tmp_path / "disk" / "real").mkdir(parents=True)
+    (tmp_path / "link").symlink_to("disk/real")
+    monkeypatch.setenv("HOME", str(tmp_path / "disk"))
+    assert path_of(tmp_path / "link") == path_of("~/real") == tmp_path / "disk" / "real"
+    assert path_of("~/new") == tmp_path / "disk" / "new"
+    with open_run(path_of("~/real")):
+        assert (tmp_path / "disk" / ".real.linearize-run").is_dir()
+        assert unfinished_out(tmp_path / "link") == unfinished_out(Path("~/real")) == tmp_path / "disk" / "real"
+        with pytest.raises(RefusedError, match=f"process {os.getpid()} on"):
+            refuse_early("demo", tmp_path / "link", "demo", resume=False)
