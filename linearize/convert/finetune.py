@@ -36,7 +36,7 @@ from linearize.convert.surgery import trained_names
 from linearize.data import batches
 from linearize.errors import UsageError, VerificationError
 from linearize.masking import IGNORE
-from linearize.modeling.family_table import body, lookup
+from linearize.modeling.family_table import Family, body, lookup
 from linearize.progress import Progress
 from linearize.recipe import Finetune
 from linearize.task import CAUSAL, Task
@@ -229,7 +229,7 @@ def finetune_model(
             state.step = step + 1
             state.seconds = spent + time.monotonic() - begin
             if state.step in (DEAD_AFTER, shape.steps):
-                _check_moved(parameters, before, state.step)
+                _check_moved(parameters, before, state.step, family=lookup(student.config))
             extra = {"ce": ce_mean} | ({"kl": kl_mean} if finetune.kl > 0 else {})
             loss = finetune.ce * ce_mean + finetune.kl * kl_mean
             shown = not hidden or finetune.window_dropout == 1  # a step without windows has another loss
@@ -294,19 +294,16 @@ def _take_in(
     state.extra["loss_lowest"] = lowest
 
 
-def _check_moved(parameters: dict[str, nn.Parameter], before: dict[str, Tensor], steps: int) -> None:
-    """Every decoder layer with trained parameters must have moved."""
+def _check_moved(parameters: dict[str, nn.Parameter], before: dict[str, Tensor], steps: int, *, family: Family) -> None:
+    """Every layer with trained parameters must have moved. Not each parameter: one half of an adapter starts at zero,
+    and its other half has no gradient in the first step."""
     groups: dict[str, list[str]] = {}
     for name in parameters:
-        groups.setdefault(_layer_of(name), []).append(name)
+        layer = family.layer_index(name)
+        groups.setdefault(name.partition(".lora_")[0] if layer is None else f"layer {layer}", []).append(name)
     for group, names in groups.items():
         if all(torch.equal(parameters[name].detach(), before[name]) for name in names):
             raise VerificationError(f"{group}: finetuning moved none of its parameters in {steps} steps")
-
-
-def _layer_of(name: str) -> str:
-    parts = name.split(".")
-    return f"layer {parts[2]}" if parts[:2] == ["model", "layers"] else name
 
 
 def kept_names(names: Sequence[str], student: Any) -> dict[str, nn.Parameter]:

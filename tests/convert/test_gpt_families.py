@@ -24,7 +24,7 @@ from linearize.convert.pipeline import convert
 from linearize.convert.plan import inspect, make_plan
 from linearize.convert.surgery import linearize_model, trained_names
 from linearize.convert.swap import measure, swapped, window_attentions
-from linearize.errors import UsageError
+from linearize.errors import UsageError, VerificationError
 from linearize.evaluate.truncation import truncated
 from linearize.modeling.mixer_spec import MixerSpec
 from linearize.recipe import Lora, load_recipe
@@ -126,6 +126,21 @@ def test_a_short_conversion_lowers_the_loss(
             | {"fc1.weight", "fc2.weight"},
         }[family]
     )
+
+
+@pytest.mark.parametrize("family", UNGROUPED)
+def test_one_step_of_adapters_counts_as_movement(
+    family: str, folders: Callable[[str], Path], text_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Half of every adapter has no gradient in its first step; a layer that stands still is named by its number."""
+    monkeypatch.setattr(pipeline, "verify_export", lambda *a, **k: {})
+    one = [*SHORT, "align.tokens=0", "calibrate.tokens=0", "finetune.tokens=1"]
+    how: dict[str, Any] = {"recipe": "lolcats", "data": str(text_file)}
+    report = convert(folders(family), tmp_path / "out", overrides=[*one, "finetune.full=[]"], **how)
+    assert report["stages"]["finetune"]["steps"] == 1
+    still = ["finetune.lora=null", f"finetune.full=[{ATTENTION}]", "finetune.full_lr=1e-30"]
+    with pytest.raises(VerificationError, match=r"^layer 0: finetuning moved none of its parameters in 1 steps"):
+        convert(folders(family), tmp_path / "still", overrides=[*one, *still], **how)
 
 
 @pytest.mark.parametrize("family", UNGROUPED)
