@@ -56,7 +56,7 @@ class Clock(NullProgress):
         """As `Progress`."""
         self.ends[stage], self.tokens[stage] = [], tokens_per_step
 
-    def step(self, stage: str, step: int, loss: float, tokens: int, extra: Mapping[str, Any]) -> None:
+    def step(self, stage: str, step: int, loss: float | None, tokens: int, extra: Mapping[str, Any]) -> None:
         """As `Progress`; every step has waited for the figures of the one before."""
         self.ends[stage].append(time.monotonic())
 

@@ -38,13 +38,14 @@ class Lines:
         self.steps = total_steps
         self.message(f"{stage}: {total_steps:,} steps of {tokens_per_step:,} tokens")
 
-    def step(self, stage: str, step: int, loss: float, tokens: int, extra: Mapping[str, Any]) -> None:
+    def step(self, stage: str, step: int, loss: float | None, tokens: int, extra: Mapping[str, Any]) -> None:
         """One step is done."""
         if os.getppid() != self.parent:  # whoever would have read the result is gone: save, and stop
             os.kill(os.getpid(), signal.SIGTERM)
         every = max(1, self.steps // SHOWN)
         if step % every == 0 or step in (1, self.steps):
-            self.message(f"{stage}: step {step:,} of {self.steps:,}, loss {loss:.4g}")
+            lost = "" if loss is None else f", loss {loss:.4g}"
+            self.message(f"{stage}: step {step:,} of {self.steps:,}{lost}")
 
     def layer_table(self, rows: Any) -> None:
         """Is in the report."""

@@ -70,11 +70,14 @@ class Progress(Protocol):
     def start(self, stage: str, total_steps: int, tokens_per_step: int) -> None:
         """A stage begins (or goes on, when resumed): all its steps, and tokens of one step."""
 
-    def step(self, stage: str, step: int, loss: float, tokens: int, extra: Mapping[str, Any]) -> None:
-        """One step is done: `step` steps and `tokens` tokens of the stage are behind us; `extra` holds more numbers."""
+    def step(self, stage: str, step: int, loss: float | None, tokens: int, extra: Mapping[str, Any]) -> None:
+        """One step is done: `step` steps and `tokens` tokens of the stage are behind us; `extra` holds more numbers.
+
+        `loss` is None as long as no step had one to give, as where each of them hid the window.
+        """
 
     def layer_table(self, rows: Sequence[Mapping[str, Any]]) -> None:
-        """How well each layer is matched, one mapping a layer."""
+        """How well each layer is matched, one mapping a layer that a step has measured."""
 
     def message(self, text: str) -> None:
         """One line for people."""
@@ -89,7 +92,7 @@ class NullProgress:
     def start(self, stage: str, total_steps: int, tokens_per_step: int) -> None:
         """Nothing."""
 
-    def step(self, stage: str, step: int, loss: float, tokens: int, extra: Mapping[str, Any]) -> None:
+    def step(self, stage: str, step: int, loss: float | None, tokens: int, extra: Mapping[str, Any]) -> None:
         """Nothing."""
 
     def layer_table(self, rows: Sequence[Mapping[str, Any]]) -> None:

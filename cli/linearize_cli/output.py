@@ -203,7 +203,7 @@ class LineProgress:
         self._spoke = 0.0
         say(f"{stage}: {plural(total_steps, 'step')} of {tokens_per_step:,} tokens")
 
-    def step(self, stage: str, step: int, loss: float, tokens: int, extra: Mapping[str, Any]) -> None:
+    def step(self, stage: str, step: int, loss: float | None, tokens: int, extra: Mapping[str, Any]) -> None:
         """Say where the stage is, if it is time to."""
         speed, left = self._clock.update(step)
         total = self._clock.total_steps
@@ -212,11 +212,13 @@ class LineProgress:
             return
         self._spoke = now
         more = "".join(f", {_label(name)} {figure(name, value)}" for name, value in extra.items())
-        say(f"{stage}: step {step:,}/{total:,}, loss {loss:.4g}{more}, {speed:,.0f} tokens/s, {_clock_time(left)} left")
+        lost = "" if loss is None else f", loss {loss:.4g}"
+        say(f"{stage}: step {step:,}/{total:,}{lost}{more}, {speed:,.0f} tokens/s, {_clock_time(left)} left")
 
     def layer_table(self, rows: Sequence[Mapping[str, Any]]) -> None:
         """The match of each layer."""
-        print_table(without_copies(rows), title=_MATCH_TITLE)
+        if rows:  # none where every step hid the window, as the results say
+            print_table(without_copies(rows), title=_MATCH_TITLE)
 
     def message(self, text: str) -> None:
         """One line."""
@@ -257,17 +259,19 @@ class BarProgress:
         self._task = self._bar.add_task(stage, total=total_steps, figures="")
         self._bar.start()
 
-    def step(self, stage: str, step: int, loss: float, tokens: int, extra: Mapping[str, Any]) -> None:
+    def step(self, stage: str, step: int, loss: float | None, tokens: int, extra: Mapping[str, Any]) -> None:
         """Move the bar."""
         speed, left = self._clock.update(step)
-        figures = f"loss {loss:.4g}  {speed:,.0f} tokens/s  {_clock_time(left)} left"
+        lost = "" if loss is None else f"loss {loss:.4g}  "
+        figures = f"{lost}{speed:,.0f} tokens/s  {_clock_time(left)} left"
         if self._console.width >= _WIDE:
             figures += "".join(f"  {_label(name)} {figure(name, value)}" for name, value in extra.items())
         self._bar.update(self._task, completed=step, figures=figures)
 
     def layer_table(self, rows: Sequence[Mapping[str, Any]]) -> None:
         """The match of each layer, above the bar."""
-        print_table(without_copies(rows), title=_MATCH_TITLE, to=self._console)
+        if rows:
+            print_table(without_copies(rows), title=_MATCH_TITLE, to=self._console)
 
     def message(self, text: str) -> None:
         """One line above the bar."""

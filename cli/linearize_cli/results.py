@@ -95,6 +95,8 @@ def print_conversion(result: Mapping[str, Any], title: str, out: str) -> None:
     if result["mean_match"] is not None:
         share = figure("match", result["mean_match"])
         _line(target, f"After alignment the layers explain {share} of the teacher's attention outputs on average.")
+    elif result["stages"].get("align", {}).get("steps"):
+        _line(target, "How well the layers match was not measured: every step hid the window (align.window_dropout).")
     for way in result["verification"].values():
         if "same_text" not in way:  # the check of a streamed conversion
             _line(target, f"Read back {way['way']}: {way['tensors']:,} tensors as written, a logit differs by "

@@ -266,7 +266,7 @@ def align_layers(
                 extra = {"mean_match": mean_match(state), "worst_match": worst["explained"], "layer": worst["layer"]}
             note(state, shape.name, {"lr": highest_rate(optimizer), **figures_of(seen)})
             tokens = state.step * shape.batch * shape.context
-            progress.step(shape.name, state.step, state.loss_last or 0.0, tokens, extra)
+            progress.step(shape.name, state.step, state.loss_last, tokens, extra)
             if run.due() or state.step == shape.steps:
                 tensors = pack_state(parameters, optimizer)
                 save(run, stage=shape.name, step=state.step, tensors=tensors, state=asdict(state))

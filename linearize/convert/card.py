@@ -178,12 +178,18 @@ def _figures(facts: Mapping[str, Any]) -> list[str]:
     lines = []
     if facts["mean_match"] is not None:
         match = f"{facts['mean_match']:.2%}"
-        lines.append(f"- alignment: {match} of the teacher's attention outputs are explained, mean of the layers")
+        but = ", ".join(map(str, facts.get("unmatched", ())))
+        but = f" but {but}, whose window was hidden in every step" if but else ""
+        lines.append(f"- alignment: {match} of the teacher's attention outputs are explained, mean of the layers{but}")
     for name in ("align", "finetune"):
         if name in facts["losses"]:
             first, last = facts["losses"][name]
+            if first is None:
+                lines.append(f"- {name}: no training loss was measured: the window was hidden in every step")
+                continue
             if last is None:
-                lines.append(f"- {name}: training loss {first:.4g} in its only step")
+                seen = " with the window" if getattr(facts["recipe"], name).window_dropout else ""
+                lines.append(f"- {name}: training loss {first:.4g} in its only step{seen}")
                 continue
             lines.append(
                 f"- {name}: running mean of the training loss {first:.4g} at the start and {last:.4g} at the end, over "

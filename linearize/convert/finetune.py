@@ -236,7 +236,7 @@ def finetune_model(
             note(state, shape.name, {"lr": highest_rate(optimizer), "loss": loss if shown else None,
                                      **{name: value if shown else None for name, value in extra.items()}})  # fmt: skip
             tokens_done = state.step * shape.batch * shape.context
-            progress.step(shape.name, state.step, state.loss_last or 0.0, tokens_done, extra)
+            progress.step(shape.name, state.step, state.loss_last, tokens_done, extra)
             if run.due() or state.step == shape.steps:
                 tensors = pack_state(stored, optimizer)
                 save(run, stage=shape.name, step=state.step, tensors=tensors, state=asdict(state))

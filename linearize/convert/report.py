@@ -96,6 +96,7 @@ def card_facts(inputs: Inputs, report: dict[str, Any]) -> dict[str, Any]:
         "break_even": report["break_even_context"],
         "tokens": {"align": align.tokens, "finetune": finetune.tokens},
         "mean_match": report["mean_match"],
+        "unmatched": sorted(set(inputs.layout.linear) - {row["layer"] for row in report["layers"]}),
         "dtype": report["dtype"],
         "merge_error": report["merge_error"]["cast"]["max"],
         "teacher_bits": report["teacher_bits"],

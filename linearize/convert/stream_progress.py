@@ -61,7 +61,7 @@ class OneOfMany:
     def start(self, stage: str, total_steps: int, tokens_per_step: int) -> None:
         """The whole has begun."""
 
-    def step(self, stage: str, step: int, loss: float, tokens: int, extra: Mapping[str, Any]) -> None:
+    def step(self, stage: str, step: int, loss: float | None, tokens: int, extra: Mapping[str, Any]) -> None:
         """A step of the whole."""
         before = tokens // step * self._before if step else 0
         self._watch.step(stage, self._before + step, loss, before + tokens, extra)

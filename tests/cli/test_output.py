@@ -13,6 +13,7 @@ import pytest
 
 from linearize.progress import NullProgress, Progress, tell, warn
 from linearize_cli import output, results
+from tests.cli.stand_ins import REPORT
 
 
 class Terminal(io.StringIO):
@@ -46,6 +47,19 @@ def test_plain_lines_without_a_terminal(capsys: pytest.CaptureFixture) -> None:
     assert lines[1].startswith("align: step 1/4, loss 1, worst layer 3, ") and "tokens/s" in lines[1]
     assert lines[2].startswith("align: step 4/4, loss 0.25"), "steps in between are left out"
     assert any(line.startswith("a note [with brackets] xxx") and line.endswith("xxx") for line in lines), "not wrapped"
+
+
+def test_a_loss_that_no_step_gave_is_left_out(capsys: pytest.CaptureFixture) -> None:
+    progress = output.LineProgress()
+    progress.start("align", 1, 1024)
+    progress.step("align", 1, None, 1024, {})
+    progress.layer_table([])
+    stages = {"align": {"tokens": 1024, "steps": 1, "loss_first": None, "loss_last": None, "seconds": 1.0}}
+    results.print_conversion(REPORT | {"stages": stages, "mean_match": None}, "Converted", "o")
+    told = capsys.readouterr().err
+    assert re.search(r"^align: step 1/1, [\d,]+ tokens/s", told, re.MULTILINE)
+    assert "How well the layers match was not measured" in told and "None" not in told
+    assert "How well each layer is matched" not in told
 
 
 @pytest.mark.parametrize("no_color", [False, True])

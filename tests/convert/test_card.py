@@ -92,6 +92,17 @@ def test_figures_are_not_rounded_up_to_perfection() -> None:
     assert "running mean of the training loss 0.5 at the start and 0.25 at the end, over different batches" in card
 
 
+def test_figures_that_no_step_gave_are_said_to_be_missing() -> None:
+    """Steps that hide the window give none, by chance or always."""
+    hidden = load_recipe("lolcats", ["align.window_dropout=0.5"])
+    none = model_card(facts(recipe=hidden, losses={"align": (None, None)}, mean_match=None, unmatched=[0, 1]))
+    assert "- align: no training loss was measured: the window was hidden in every step" in none
+    assert "None" not in none and "explained" not in none
+    some = model_card(facts(recipe=hidden, losses={"align": (0.5, None)}, unmatched=[1]))
+    assert "- align: training loss 0.5 in its only step with the window" in some
+    assert "are explained, mean of the layers but 1, whose window was hidden in every step" in some
+
+
 def test_examples_name_the_folder() -> None:
     card = model_card(facts())
     assert card.count('from_pretrained("my out"') == 4 and "linearize audit 'my out' --against" in card

@@ -13,6 +13,7 @@ from typing import Any
 import pytest
 import torch
 
+from linearize.artifacts.manifest import verify_manifest
 from linearize.artifacts.weights import INDEX, list_shards
 from linearize.convert import norms, pipeline, stream, stream_convert, stream_run
 from linearize.convert.early import run_folder
@@ -22,6 +23,7 @@ from linearize.errors import RefusedError, UsageError, VerificationError
 from linearize.progress import NullProgress
 from tests.conftest import save_byte_tokenizer
 from tests.convert.streamed import SMALL, same, weights
+from tests.convert.test_pipeline import Watch
 from tests.modeling.families import teacher as random_teacher
 
 HIDDEN = ["calibrate.tokens=128", "keep_softmax=[1]", "repeats=1"]
@@ -137,6 +139,21 @@ def test_what_needs_the_whole_model_is_refused(
     with pytest.raises(UsageError, match=message):
         convert(teacher_folder, tmp_path / "out", recipe="lolcats", data=str(text_file), overrides=options, stream=True)
     assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("streamed", [False, True])
+def test_an_alignment_that_always_hides_the_window_ends_without_figures(
+    teacher_folder: Path, text_file: Path, tmp_path: Path, streamed: bool
+) -> None:
+    options = [*SMALL, "align.window_dropout=1.0", "finetune.tokens=0"]
+    watch = Watch()
+    report = convert(teacher_folder, tmp_path / "out", recipe="lolcats", data=str(text_file), overrides=options,
+                     stream=streamed, progress=watch)  # fmt: skip
+    align = report["stages"]["align"]
+    assert align["steps"] and align["loss_first"] is None is align["loss_last"] and report["mean_match"] is None
+    assert report["layers"] == [] and watch.tables == [[]] and {step[2] for step in watch.steps} == {None}
+    assert "no training loss was measured" in (tmp_path / "out" / "README.md").read_text()
+    assert verify_manifest(tmp_path / "out") == []
 
 
 def test_a_family_that_cannot_be_streamed(text_file: Path, tmp_path: Path) -> None:
