@@ -129,7 +129,7 @@ def linearize_model(
     student = empty_student(config)
     linear = [i for i, kind in enumerate(layer_mixers) if kind == LINEAR]
     report = fill_student(student, teacher, linear, seed=seed, own=own, exact=exact)
-    student.config._attn_implementation = family.implementation(config)
+    student.config._attn_implementation = family.implementation
     if hasattr(teacher, "generation_config"):  # an encoder generates nothing
         student.generation_config = teacher.generation_config
     student.train(teacher.training)  # dropout of the native layers

@@ -208,9 +208,13 @@ class Family:
         """The bound on attention scores, or None."""
         return self._value(config, self.softcap)
 
-    def implementation(self, config: Any) -> str:
-        """The attention implementation of transformers that computes what the config says: its sdpa drops a bound."""
-        return "sdpa" if self.cap_of(config) is None else "eager"
+    @property
+    def implementation(self) -> str:
+        """The attention implementation of transformers that computes what a config says: its sdpa drops a bound.
+
+        By the family, as its converted classes support it, also where a config sets no bound.
+        """
+        return "eager" if self.softcap else "sdpa"
 
     @staticmethod
     def _value(config: Any, key: str) -> Any:

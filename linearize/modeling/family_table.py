@@ -188,7 +188,7 @@ def lookup(kind: Any) -> Family:
 def implementation(config: Any) -> str:
     """The attention implementation of transformers that computes what a config says, of any model."""
     known = config.model_type.removeprefix(PREFIX) in FAMILIES
-    return lookup(config).implementation(config) if known else "sdpa"
+    return lookup(config).implementation if known else "sdpa"
 
 
 def auto_class(config: Any) -> Any:

@@ -299,6 +299,21 @@ def test_an_implementation_that_drops_the_bound_is_not_used(tmp_path: Path) -> N
         AutoModelForCausalLM.from_pretrained(tmp_path / "student", attn_implementation="sdpa")
 
 
+@torch.no_grad()
+def test_a_family_with_a_bound_converts_where_its_config_sets_none(tmp_path: Path) -> None:
+    native = teacher("gemma2", attn_logit_softcapping=None)
+    native.save_pretrained(tmp_path / "teacher")
+    loaded = load_model(tmp_path / "teacher", device="cpu")
+    student, _ = linearize_model(loaded, spec=SPEC, layer_mixers=["softmax"] * 3, seed=0)
+    x = torch.arange(3, 60)[None]
+    assert torch.equal(student(x).logits, loaded(x).logits) and torch.equal(loaded(x).logits, native(x).logits)
+    student, _ = linearize_model(loaded, spec=MixerSpec(window=64), layer_mixers=["linear"] * 3, seed=0)
+    assert torch.allclose(student(x).logits, native(x).logits, atol=1e-4), "the window sees all of the text"
+    student.save_pretrained(tmp_path / "student")
+    again = load_model(tmp_path / "student", device="cpu")
+    assert again.config._attn_implementation == "eager" and torch.equal(again(x).logits, student(x).logits)
+
+
 def test_sizes_of_every_family_are_bounded(tmp_path: Path) -> None:
     """By the names that the family gives them."""
     for kind, key in (("qwen3_moe", "num_local_experts"), ("gpt2", "n_layer"), ("gemma2", "num_hidden_layers")):
