@@ -58,7 +58,8 @@ def account(stored: Iterable[str], wanted: Iterable[str], config: Any) -> dict[s
     Raises:
         RefusedError: a tensor without a place, or a place without a tensor (which would be filled with noise).
     """
-    need, family = set(wanted), lookup(config)
+    family = lookup(config)
+    need = {family.current_name(name) for name in wanted}
     have = {family.current_name(name) for name in stored}
     if not any(name.startswith(f"{family.body}.") for name in have):  # files of a body alone, whose head is tied
         have = {name if name in need else f"{family.body}.{name}" for name in have}

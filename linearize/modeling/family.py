@@ -86,7 +86,7 @@ class Family:
     spare: tuple[str, ...] = ()
     """Beginnings of names in its files that the task has no use for."""
     renamed: Mapping[str, str] = field(default_factory=dict)
-    """Endings of names in old files, and what they are called now."""
+    """Endings of names in files, old ones among them, and what they are called in the model now."""
 
     sliding: str = "none"
     """Which layers have the teacher's own sliding window: none | all | listed (by `layer_types`)."""

@@ -129,6 +129,7 @@ FAMILIES: dict[str, Family] = {
             cache="layer_past",
             projections=fused("attention.query_key_value", "attention.dense")
             | two_matrices("mlp.dense_h_to_4h", "mlp.dense_4h_to_h"),
+            renamed={"embed_out.weight": "lm_head.weight"},
         ),
         Family(
             model_type="gpt2",

@@ -24,7 +24,7 @@ from linearize.convert.pipeline import convert
 from linearize.convert.plan import inspect, make_plan
 from linearize.convert.surgery import linearize_model, trained_names
 from linearize.convert.swap import measure, swapped, window_attentions
-from linearize.errors import UsageError, VerificationError
+from linearize.errors import RefusedError, UsageError, VerificationError
 from linearize.evaluate.truncation import truncated
 from linearize.modeling.mixer_spec import MixerSpec
 from linearize.recipe import Lora, load_recipe
@@ -126,6 +126,32 @@ def test_a_short_conversion_lowers_the_loss(
             | {"fc1.weight", "fc2.weight"},
         }[family]
     )
+
+
+@pytest.mark.parametrize("head", ["absent", "embed_out", "lm_head"])
+def test_tied_embeddings_of_gpt_neox_are_read(head: str, tmp_path: Path) -> None:
+    """Whether or not their file holds the head a second time, and by which of its names."""
+    native = teacher("gpt_neox", tie_word_embeddings=True, **TINY)
+    native.save_pretrained(tmp_path)
+    tensors = load_file(tmp_path / "model.safetensors")
+    assert not [name for name in tensors if "embed_out" in name or "lm_head" in name]
+    if head != "absent":
+        tensors[f"{head}.weight"] = tensors["gpt_neox.embed_in.weight"].clone()
+        save_file(tensors, tmp_path / "model.safetensors", metadata={"format": "pt"})
+    save_byte_tokenizer(tmp_path)
+    dropped = make_plan(tmp_path, recipe=load_recipe("lolcats", SHORT))["dropped"]
+    rules = {} if head == "absent" else {"lm_head.weight": "tied output embedding, the same as the input's"}
+    assert dropped == rules
+    loaded = load_model(tmp_path, device="cpu")
+    student, _ = linearize_model(loaded, spec=SPEC, layer_mixers=["softmax"] * 3, seed=0)
+    x = torch.randint(256, (1, 40), generator=torch.Generator().manual_seed(0))
+    with torch.no_grad():
+        assert torch.equal(student(x).logits, native(x).logits)
+    del tensors["gpt_neox.embed_in.weight"]
+    save_file(tensors, tmp_path / "model.safetensors", metadata={"format": "pt"})
+    if head == "absent":
+        with pytest.raises(RefusedError, match=r"the teacher's files lack gpt_neox\.embed_in\.weight"):
+            make_plan(tmp_path, recipe=load_recipe("lolcats", SHORT))
 
 
 @pytest.mark.parametrize("family", UNGROUPED)
