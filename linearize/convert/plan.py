@@ -26,6 +26,8 @@ from linearize.teacher_bits import require_quantisable, require_teacher_bits
 
 CONTEXTS = (2_048, 32_768, 131_072)
 UNSAVED = "the run was killed before it had saved anything: it begins anew"
+WEIGHING = ("window_logit", "mix_gate", "far_mass")
+"""A mixer's parameters that weigh its branches; the linear branch by itself does not read them."""
 DTYPE_BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
 
 
@@ -235,7 +237,32 @@ class Layout:
         if recipe.automatic:
             notes = [*notes, f"keep_softmax {recipe.keep_softmax}: the conversion measures which layers stay softmax; "
                              "the ones shown stand in for them"]  # fmt: skip
-        return cls(config, recipe, notes)
+        layout = cls(config, recipe, notes)
+        if training:
+            layout.require_gradients()
+        return layout
+
+    def require_gradients(self) -> None:
+        """Refuse stages of which a step, or all of them, would have nothing to train.
+
+        Raises:
+            UsageError: nothing is trained, or nothing that the linear branch alone reads where a step runs it alone.
+        """
+        from linearize.convert.align import aligned_names
+
+        align, finetune = self.recipe.align, self.recipe.finetune
+        hidden = {"align.window_dropout": align.window_dropout > 0, "align.branch": align.branch != "mix"}
+        aligned = aligned_names(self.student, align, self.linear)
+        if align.tokens and any(hidden.values()):
+            key = next(key for key, alone in hidden.items() if alone)
+            _require_read(aligned, key=key, train="align.train")
+        if not finetune.tokens or finetune.lora is not None:
+            return
+        full = trained_names(self.student, finetune.full, key="finetune.full")
+        if not full:
+            raise UsageError("finetune: nothing of this model is trained", "Set finetune.lora, or finetune.tokens=0")
+        if finetune.window_dropout:
+            _require_read(full, key="finetune.window_dropout", train="finetune.full")
 
     def rows(self, dtype_bytes: int) -> list[dict[str, Any]]:
         """One row a layer."""
@@ -293,6 +320,16 @@ class Layout:
             ),
             "adapted": adapted,
         }
+
+
+def _require_read(names: list[str], *, key: str, train: str) -> None:
+    """Refuse `key`, which runs linear branches alone, where they read none of the parameters `names`."""
+    weighing = [kind for name in names for kind in WEIGHING if f".mixer.{kind}" in name]
+    if names and len(weighing) == len(names):
+        raise UsageError(
+            f"{key}: the linear branch alone trains nothing here, for {weighing[0]} only weighs it against the window",
+            f"Use {key}={'mix' if key == 'align.branch' else 0}, or name projections in {train} too",
+        )
 
 
 def teacher_config(folder: Path) -> tuple[Any, str]:

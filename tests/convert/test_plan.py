@@ -66,6 +66,48 @@ def test_refusals(teacher_folder: Path, text_file: Path, tmp_path: Path) -> None
         make_plan(teacher_folder, recipe=load_recipe("lolcats", [*SMALL, "keep_softmax=[5]"]))
 
 
+WEIGHED = ["mixer.mix=mass", "align.tokens=1k"]
+"""Makes of `liger-gla` a recipe whose mixer trains what weighs its branches, and nothing else."""
+
+
+@pytest.mark.parametrize(
+    ("options", "refusal", "instead"),
+    [
+        (
+            ["align.window_dropout=0.5"],
+            r"align\.window_dropout: .* for far_mass only weighs it",
+            "align.window_dropout=0",
+        ),
+        (["align.branch=linear"], r"align\.branch: the linear branch alone trains nothing", "align.branch=mix"),
+        (
+            ["align.branch=both"],
+            r"Use align\.branch=mix, or name projections in align\.train too",
+            "align.train=[q_proj]",
+        ),
+        (
+            ["finetune.lora=null", "finetune.full=[mixer]", "finetune.window_dropout=0.1"],
+            r"finetune\.window_dropout: .*Use finetune\.window_dropout=0, or name projections in finetune\.full",
+            "finetune.full=[mixer, v_proj]",
+        ),
+        (
+            ["mixer.mix=sum", "finetune.lora=null", "finetune.full=[mixer]"],
+            r"finetune: nothing of this model is trained\. Set finetune\.lora",
+            "finetune.full=[v_proj]",
+        ),
+    ],
+)
+def test_a_stage_that_has_nothing_to_train_is_refused(
+    options: list[str], refusal: str, instead: str, teacher_folder: Path
+) -> None:
+    """Before the work: a step without gradients failed in the middle of it, or only once alignment was done."""
+    short = ["context=128", "mixer.window=16", *WEIGHED, *options]
+    with pytest.raises(UsageError, match=refusal):
+        make_plan(teacher_folder, recipe=load_recipe("liger-gla", short))
+    make_plan(teacher_folder, recipe=load_recipe("liger-gla", [*short, instead]))
+    none = [*short, "align.tokens=0", "finetune.tokens=0"]
+    make_plan(teacher_folder, recipe=load_recipe("liger-gla", none))
+
+
 def no_out(tmp_path: Path) -> dict[str, Path]:
     """OUTs that a conversion refuses, by why."""
     for name in ("full", "export", "closed"):
