@@ -98,7 +98,7 @@ def gather(
     task = task_of(config, tokenizer, apart=apart)
     if apart:
         _require_apart(recipe, streamed=way.streamed)
-    wanted = max(sum(shape.tokens for shape in shapes), 4 * recipe.context)
+    wanted = max(sum(shape.tokens for shape in shapes), recipe.calibrate.tokens, 4 * recipe.context)
     part = "train" if data == "demo" else None
     texts, source = load_source(data, split=part, limit_bytes=BYTES_PER_TOKEN * wanted, packed=True)
     windows = task.windows(texts, tokenizer, recipe.context)

@@ -23,7 +23,7 @@ from linearize.artifacts.atomic import atomic_directory, require_empty
 from linearize.artifacts.load import load_model, no_bars, select_device
 from linearize.convert import checkpoint, exact, export
 from linearize.convert.align import align_layers, aligned_names, match
-from linearize.convert.calibrate import calibrate
+from linearize.convert.calibrate import calibrate, picked_windows
 from linearize.convert.checkpoint import Checkpoint, Run, open_run
 from linearize.convert.early import path_of, require_out
 from linearize.convert.finetune import Trained, finetune_model, kept_names, prepare
@@ -221,7 +221,8 @@ def _calibrate(inputs: Inputs, student: Any, teacher: Any, watch: Progress) -> d
         "perplexity before training: {ppl_before:.4g}, calibrated {ppl_after:.4g}; the teacher's is {ppl_teacher:.4g} "
         "(the last windows of the text)".format(**found)
     )
-    return {"tokens": tokens, "layers": rows} | found
+    read = picked_windows(windows, tokens=tokens, seed=inputs.recipe.seed).size if rows else 0
+    return {"tokens": read, "layers": rows} | found
 
 
 def _train(

@@ -203,5 +203,6 @@ def _accounted(inputs: Inputs) -> SurgeryReport:
 
 
 def _calibration(work: Work) -> dict[str, Any] | None:
-    rows = work.done.calibration
-    return {"tokens": work.inputs.recipe.calibrate.tokens, "layers": rows} if rows else None
+    rows, inputs = work.done.calibration, work.inputs
+    read = len(work.calibrate.rows) * inputs.recipe.context
+    return {"tokens": read, "layers": rows} if rows else None

@@ -123,7 +123,7 @@ def test_calibration_is_told(deep_teacher: Path, text_file: Path, tmp_path: Path
         )  # fmt: skip
     assert reports[0]["calibration"] is None
     found = reports[1000]["calibration"]
-    assert set(found) == {"tokens", "layers", "ppl_teacher", "ppl_before", "ppl_after"} and found["tokens"] == 1000
+    assert set(found) == {"tokens", "layers", "ppl_teacher", "ppl_before", "ppl_after"} and found["tokens"] == 960
     assert [row["layer"] for row in found["layers"]] == [0, 1, 3]
     assert all(row["error_after"] <= row["error_before"] for row in found["layers"])
     assert any(row["error_after"] < row["error_before"] for row in found["layers"])
@@ -146,6 +146,17 @@ def test_calibration_is_told(deep_teacher: Path, text_file: Path, tmp_path: Path
         before.named_parameters())[n])}  # fmt: skip
     parts = {n.split(".")[0] for n in moved}
     assert parts and parts <= {"decay", "far_mass", "q_map", "k_map"}, "calibration sets mixers alone"
+
+
+def test_calibration_reads_the_tokens_it_was_asked_for_where_there_are_so_many(
+    deep_teacher: Path, text_file: Path, tmp_path: Path
+) -> None:
+    short = tmp_path / "short.txt"
+    short.write_text(text_file.read_text()[:2000])
+    for text, read in ((text_file, 4800), (short, 1920)):
+        report = convert(deep_teacher, tmp_path / str(read), recipe="pure", data=str(text),
+                         overrides=[*QUICK, "calibrate.tokens=4800", "keep_softmax=[1,2,3]"])  # fmt: skip
+        assert report["calibration"]["tokens"] == read
 
 
 def last_windows(teacher: Path, text_file: Path) -> torch.Tensor:
