@@ -61,8 +61,14 @@ def make_report(
 def _stage(shape: StageShape, state: StageState, inputs: Inputs) -> dict[str, Any]:
     if shape.skipped:
         return {"skipped": shape.skipped, "tokens": 0, "steps": 0}
-    figures = {key: value for key, value in state.extra.items() if isinstance(value, float)}
-    first, last = ends(state, first=1 if shape.name == "align" else RECENT)
+    figures: dict[str, Any] = {key: value for key, value in state.extra.items() if isinstance(value, float)}
+    begin = 1 if shape.name == "align" else RECENT
+    first, last = ends(state, first=begin)
+    for part in ("ce", "kl"):  # of the steps that the loss is of
+        if f"{part}_last" in figures:
+            figures[f"{part}_last"] = ends(state, first=begin, name=part)[1]
+    if "loss_lowest" in figures:
+        figures["loss_lowest"] = min(x for x in (figures["loss_lowest"], first, last) if x is not None)
     return {
         "tokens": shape.tokens,
         "steps": shape.steps,

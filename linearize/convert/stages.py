@@ -70,23 +70,24 @@ class StageState:
         require_track(self.history)
 
 
-def ends(state: StageState, *, first: int) -> tuple[float | None, float | None]:
-    """The loss where a stage began and where it ended, for people: means over steps that the two do not share.
+def ends(state: StageState, *, first: int, name: str = "loss") -> tuple[float | None, float | None]:
+    """A figure where a stage began and where it ended, for people: means over steps that the two do not share.
 
     A running mean looks back over all of a short stage, so there each is taken of one half at most.
 
     Args:
         first: steps that `loss_first` is the mean of.
+        name: of the figure; of others than the loss, a long stage knows the end alone.
 
     Returns:
         None for the end of a stage of one step, which has none.
     """
-    losses = [value for value in finished(state.history)["series"].get("loss", ()) if value is not None]
-    if not losses or len(losses) >= first + RECENT or state.history["stride"] > 1:
-        return state.loss_first, state.loss_last
-    half = len(losses) // 2
-    begun = losses[: max(1, min(first, half))]
-    ended = losses[len(losses) - min(RECENT, half) :]
+    values = [value for value in finished(state.history)["series"].get(name, ()) if value is not None]
+    if not values or len(values) >= first + RECENT or state.history["stride"] > 1:
+        return (state.loss_first, state.loss_last) if name == "loss" else (None, state.extra.get(f"{name}_last"))
+    half = len(values) // 2
+    begun = values[: max(1, min(first, half))]
+    ended = values[len(values) - min(RECENT, half) :]
     return sum(begun) / len(begun), sum(ended) / len(ended) if ended else None
 
 

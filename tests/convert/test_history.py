@@ -78,6 +78,23 @@ def test_where_a_short_stage_began_and_ended_are_other_steps(
     assert ends(state, first=first) == expected
 
 
+@pytest.mark.parametrize("steps", [1, 2, 5, 25])
+def test_the_figures_of_a_stage_agree_however_short_it_is(
+    teacher_folder: Path, text_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, steps: int
+) -> None:
+    monkeypatch.setattr(pipeline, "verify_export", lambda folder, expected, **places: {})
+    options = [*OPTIONS, "align.tokens=0", "calibrate.tokens=0", f"finetune.tokens={256 * steps}", "finetune.ce=0.5"]
+    report = convert(teacher_folder, tmp_path / "out", recipe="lolcats", data=str(text_file), overrides=options)
+    found = report["stages"]["finetune"]
+    assert found["steps"] == steps
+    if steps == 1:
+        assert found["loss_last"] is found["ce_last"] is found["kl_last"] is None
+        assert found["loss_lowest"] == pytest.approx(found["loss_first"], rel=1e-5)
+        return
+    assert found["loss_last"] == pytest.approx(0.5 * found["ce_last"] + found["kl_last"], rel=1e-5)
+    assert found["loss_lowest"] <= min(found["loss_first"], found["loss_last"])
+
+
 def test_a_break_at_any_step_changes_nothing() -> None:
     """A checkpoint is JSON: what comes back from it goes on to the same points."""
     steps = 2 * POINTS + 77
