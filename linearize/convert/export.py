@@ -18,6 +18,7 @@ from linearize.artifacts.manifest import write_manifest
 from linearize.artifacts.tokenizer_files import carry
 from linearize.convert.card import model_card
 from linearize.convert.lora import extract
+from linearize.errors import VerificationError
 from linearize.modeling.family_table import TASKS, lookup
 from linearize.task import CAUSAL, Task
 
@@ -33,13 +34,34 @@ def merge(student: Any, ids: Tensor, dtype: torch.dtype, task: Task = CAUSAL) ->
     """Merge adapters in fp32, then cast everything once to `dtype`; what each did to the logits of ids [B, T].
 
     Returns {"merge": .., "cast": ..}, both {"max", "mean"} of |logits - logits before| in fp32.
+
+    Raises:
+        VerificationError: in `dtype` the logits are not finite.
     """
     with in_float32(student):
         before = logits_of(student, ids, task)
         extract(student, merge=True)
         merged = logits_of(student, ids, task)
     cast(student, dtype)
-    return {"merge": _distance(merged, before), "cast": _distance(logits_of(student, ids, task), before)}
+    logits = logits_of(student, ids, task)
+    require_finite(logits, dtype, student)
+    return {"merge": _distance(merged, before), "cast": _distance(logits, before)}
+
+
+def require_finite(logits: Tensor, dtype: torch.dtype, model: Any) -> None:
+    """Refuse a converted model whose numbers its export's `dtype` does not hold, before anything is written.
+
+    Raises:
+        VerificationError: the logits are not finite.
+    """
+    if bool(logits.isfinite().all()):
+        return
+    kind = str(dtype).removeprefix("torch.")
+    bad = next((name for name, p in model.named_parameters() if not p.is_meta and not bool(p.isfinite().all())), None)
+    raise VerificationError(
+        f"in {kind} the converted model gives logits that are not finite{f', for {bad} is not' if bad else ''}",
+        "float16 ends at 65,504: convert with dtype=bfloat16 or dtype=float32" if dtype == torch.float16 else None,
+    )
 
 
 @contextmanager

@@ -85,6 +85,7 @@ def _convert(
                 last_logits(work.student, stored, work.probes[name].to(inputs.device), dtype=dtype, **head)
                 for name, dtype in (("exact", torch.float32), ("cast", inputs.dtype))
             )
+        export.require_finite(logits, inputs.dtype, work.student.model)
         errors = {"merge": {"max": 0.0, "mean": 0.0}, "cast": dict(differences(logits, exact))}
         del exact
         aligned, seconds = joined(work.done.states), work.done.seconds

@@ -144,6 +144,24 @@ def test_merge_is_fp32_and_leaves_the_teacher_alone(make_teacher: Callable[..., 
     assert all(torch.equal(p, before[n]) for n, p in teacher.named_parameters())
 
 
+@pytest.mark.parametrize(("by", "named"), [(1e6, r", for model\.norm\.weight is not"), (3e4, "")])
+def test_numbers_that_float16_does_not_hold_are_named_at_once(
+    make_teacher: Callable[..., Any], by: float, named: str
+) -> None:
+    """Whether weights are too large for it or only what is computed of them."""
+    for dtype in (torch.float16, torch.bfloat16):
+        teacher = make_teacher("llama")
+        student = student_of(teacher, own=lambda name: name == "model.norm.weight")
+        with torch.no_grad():
+            student.model.norm.weight.fill_(by)
+        if dtype == torch.bfloat16:
+            merge(student, ids(), dtype)
+            continue
+        with pytest.raises(VerificationError, match=rf"^in float16 the .* logits that are not finite{named}\. float16 "
+                           r"ends at 65,504: convert with dtype=bfloat16 or dtype=float32"):  # fmt: skip
+            merge(student, ids(), dtype)
+
+
 def test_adapters_start_as_nothing_and_from_the_seed(make_teacher: Callable[..., Any]) -> None:
     teacher = make_teacher("llama")
     student = student_of(teacher)
