@@ -143,7 +143,7 @@ def text_column(columns: Mapping[str, bool], wanted: str | None, place: str) -> 
 
 
 def record_of(item: Any, path: Path | str, where: str, column: str | None = None) -> Record:
-    """A mapping as a record; its text lies in `column` (None: "text").
+    """A mapping as a record; its text lies in `column` (None: "text"). Null is an empty text, as an empty cell is.
 
     Raises:
         UsageError: no mapping, no such field, no string, or a string that is not text.
@@ -151,7 +151,7 @@ def record_of(item: Any, path: Path | str, where: str, column: str | None = None
     field = column or FIELD
     if not isinstance(item, dict):
         raise UsageError(f"{path}, {where}: a record is an object with a field {field!r}, not a {type(item).__name__}")
-    text = item.get(field)
+    text = "" if field in item and item[field] is None else item.get(field)
     if not isinstance(text, str):
         fields = ", ".join(map(str, list(item)[:8])) or "none"
         problem = "is missing" if field not in item else f"holds {type(text).__name__}, not text"
@@ -216,11 +216,21 @@ def _wanted(schema: Any, path: Path, column: str | None, *, typed: bool) -> tupl
     """The column of the text, and all that are read; `typed`: the file itself says what a column holds."""
     from pyarrow import types
 
-    strings = {f.name: types.is_string(f.type) or types.is_large_string(f.type) for f in schema}
+    strings = {f.name: _is_text(f.type) for f in schema}
     if not typed:  # guessed from the first rows: what is named is text, and bytes are text in another encoding
         strings |= {f.name: True for f in schema if types.is_binary(f.type) or f.name in (column, FIELD)}
     name = text_column(strings, column, str(path))
     return name, list(dict.fromkeys([name, *([LABEL] if LABEL in strings else [])]))
+
+
+def _is_text(kind: Any) -> bool:
+    """Whether a column of this type holds strings, each by itself or as the number of one in a dictionary."""
+    from pyarrow import types
+
+    if types.is_dictionary(kind):
+        kind = kind.value_type
+    names = ("is_string", "is_large_string", "is_string_view")  # the last from pyarrow 16 on
+    return any(getattr(types, name)(kind) for name in names if hasattr(types, name))
 
 
 def _json_records(data: bytes, path: Path, column: str | None) -> Iterator[Record]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gzip
+import json
 import sys
 from pathlib import Path
 from typing import Any
@@ -81,6 +82,32 @@ def test_empty_cells_sources_and_faults(tmp_path: Path, pq: Any) -> None:
         with pytest.raises(UsageError, match=f"{name}: cannot be read") as caught:
             load_texts(str(tmp_path / name))
         assert "\n" not in str(caught.value)
+
+
+def test_columns_of_strings_in_every_form_are_text(tmp_path: Path, pq: Any) -> None:
+    """As a dictionary, as pandas writes categories, with long offsets, and as views."""
+    import pyarrow as pa
+
+    kinds = [pa.large_string(), pa.dictionary(pa.int32(), pa.string()), pa.dictionary(pa.int8(), pa.large_string())]
+    kinds += [pa.string_view()] if hasattr(pa, "string_view") else []
+    for number, kind in enumerate(kinds):
+        path = pq(tmp_path / f"{number}.parquet", text=pa.array(DOCS).cast(kind), n=[1, 2, 3, 4])
+        assert load_texts(str(path)) == DOCS, kind
+    path = pq(tmp_path / "numbers.parquet", text=pa.array([1, 2]).dictionary_encode())
+    with pytest.raises(UsageError, match="the field 'text' is not a string"):
+        load_texts(str(path))
+
+
+def test_null_is_no_document_whatever_the_format(tmp_path: Path, pq: Any) -> None:
+    texts = ["a", None, "b"]
+    pq(tmp_path / "a.parquet", text=texts)
+    (tmp_path / "a.jsonl").write_text("".join(json.dumps({"text": text}) + "\n" for text in texts))
+    (tmp_path / "a.json").write_text(json.dumps([{"text": text} for text in texts]))
+    for name in ("a.parquet", "a.jsonl", "a.json"):
+        assert load_texts(str(tmp_path / name)) == ["a", "b"], name
+    (tmp_path / "b.jsonl").write_text('{"text": "a"}\n{"other": null}\n')
+    with pytest.raises(UsageError, match=r"line 2: the field 'text' is missing"):
+        load_texts(str(tmp_path / "b.jsonl"))
 
 
 def test_a_folder_of_tables_and_its_splits(tmp_path: Path, pq: Any) -> None:
