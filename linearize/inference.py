@@ -60,6 +60,11 @@ def generate(
         UsageError: bad input, such as an empty prompt for a tokenizer without a BOS token, a masked language model, or
             more tokens than a model has learned positions for.
     """
+    try:
+        prompt.encode("utf-8")
+    except UnicodeEncodeError as error:  # a shell hands such bytes on as halves of surrogate pairs
+        hint = "Give UTF-8, for example what iconv makes of it."
+        raise UsageError(f"--prompt: not UTF-8, from its character {error.start + 1} on", hint) from error
     import torch
 
     from linearize.artifacts.kind import require_causal

@@ -99,6 +99,7 @@ MISTAKES: list[tuple[str, int, str]] = [
     ("bench demo --max-memory plenty", 2, "'plenty'"),
     ("convert demo out --data demo --report-to wnadb", 2, "'wandb'"),
     ("generate demo --prompt x --max-new-tokens 0", 2, "--max-new-tokens"),
+    ("generate demo --prompt caf\udce9", 2, "--prompt: not UTF-8, from its character 4 on"),
 ]
 
 
