@@ -171,22 +171,42 @@ def _take_lock(path: Path, out: Path) -> int:
 
 @contextmanager
 def _signals(run: Run) -> Iterator[None]:
-    """SIGINT and SIGTERM let a training loop finish its step and save; a second one stops at once."""
+    """SIGINT, SIGTERM and SIGHUP let a training loop finish its step and save; a second one stops at once.
+
+    But not a second SIGHUP: both the kernel and the shell send one when a terminal closes. Who has it ignored, as nohup
+    does, is not stopped by it.
+    """
     if threading.current_thread() is not threading.main_thread():
         yield
         return
 
     def stop(number: int, frame: FrameType | None) -> None:
-        if run.interrupted or not run.graceful:
+        if number == signal.SIGHUP:
+            _leave_terminal()
+        if (run.interrupted and number != signal.SIGHUP) or not run.graceful:
             raise KeyboardInterrupt
         run.interrupted = True
 
-    before = {number: signal.signal(number, stop) for number in (signal.SIGINT, signal.SIGTERM)}
+    numbers = [signal.SIGINT, signal.SIGTERM]
+    if signal.getsignal(signal.SIGHUP) != signal.SIG_IGN:
+        numbers.append(signal.SIGHUP)
+    before = {number: signal.signal(number, stop) for number in numbers}
     try:
         yield
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)
+
+
+def _leave_terminal() -> None:
+    """Send what is said to a terminal that has closed nowhere: a step's line would fail before the step is saved."""
+    for output in (1, 2):
+        try:
+            os.write(output, b"")
+        except OSError:
+            nowhere = os.open(os.devnull, os.O_WRONLY)
+            os.dup2(nowhere, output)
+            os.close(nowhere)
 
 
 def find_start(run: Run, identity: Mapping[str, Any], *, resume: bool) -> Checkpoint | None:

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import os
 import signal
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -172,6 +174,49 @@ def test_signals_wait_for_the_step_but_only_once(tmp_path: Path, number: int) ->
     with pytest.raises(KeyboardInterrupt), open_run(tmp_path / "out"):
         os.kill(os.getpid(), number)
     assert signal.getsignal(number) is before
+
+
+def test_a_hang_up_comes_twice_and_stops_once(tmp_path: Path) -> None:
+    before = signal.getsignal(signal.SIGHUP)
+    with pytest.raises(KeyboardInterrupt), open_run(tmp_path / "out") as run, run.listening():
+        for _ in range(2):
+            os.kill(os.getpid(), signal.SIGHUP)
+        assert run.interrupted and run.due()
+        run.stop_if_interrupted()
+    with pytest.raises(KeyboardInterrupt), open_run(tmp_path / "out"):
+        os.kill(os.getpid(), signal.SIGHUP)
+    assert signal.getsignal(signal.SIGHUP) is before
+    try:
+        signal.signal(signal.SIGHUP, signal.SIG_IGN)  # nohup
+        with open_run(tmp_path / "out") as run, run.listening():
+            os.kill(os.getpid(), signal.SIGHUP)
+            assert not run.interrupted
+    finally:
+        signal.signal(signal.SIGHUP, before)
+
+
+HUNG_UP = """
+import os, signal, sys
+from pathlib import Path
+from linearize.convert.checkpoint import open_run
+
+with open_run(Path(sys.argv[1])) as run, run.listening():
+    sys.stdin.read()
+    os.kill(os.getpid(), signal.SIGHUP)
+    print("step 1", file=sys.stderr, flush=True)
+    assert run.interrupted
+Path(sys.argv[2]).write_text("saved")
+"""
+
+
+def test_a_terminal_that_has_closed_is_no_reason_not_to_save(tmp_path: Path, source_env: dict[str, str]) -> None:
+    ours, terminal = os.openpty()
+    command = [sys.executable, "-c", HUNG_UP, str(tmp_path / "out"), str(tmp_path / "told")]
+    child = subprocess.Popen(command, env=source_env, stdin=subprocess.PIPE, stdout=terminal, stderr=terminal)
+    os.close(terminal)
+    os.close(ours)
+    child.communicate(timeout=60)
+    assert child.returncode == 0 and (tmp_path / "told").read_text() == "saved"
 
 
 def test_optimiser_state_comes_back_bit_for_bit(tmp_path: Path) -> None:
