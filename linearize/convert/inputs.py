@@ -14,13 +14,12 @@ import torch
 from linearize.artifacts.atomic import require_free_space
 from linearize.artifacts.download import display_name
 from linearize.artifacts.load import check_checkpoint, load_tokenizer, resolve, select_dtype
-from linearize.artifacts.weights import digest_checkpoint, read_tensors
+from linearize.artifacts.weights import digest_checkpoint
 from linearize.convert import plan
 from linearize.convert.families import require_family
 from linearize.convert.same_run import how_asked
 from linearize.convert.stages import StageShape
 from linearize.convert.stream import Way, choose_way
-from linearize.convert.surgery import account
 from linearize.data import Source, documents_apart, load_source
 from linearize.errors import RefusedError, UsageError
 from linearize.recipe import Recipe
@@ -83,7 +82,7 @@ def gather(
     check_checkpoint(folder, finite=False)
     config, stored = plan.teacher_config(folder)
     layout = plan.Layout.of(config, recipe)
-    account(read_tensors(folder), plan.native_keys(config), config)
+    plan.checked_tensors(folder, config)
     if teacher_bits is not None:
         require_quantisable(config.model_type)
     sizes = layout.sizes()

@@ -21,7 +21,7 @@ from linearize.artifacts.load import (
     select_device,
     select_dtype,
 )
-from linearize.artifacts.weights import digest_checkpoint, read_tensors
+from linearize.artifacts.weights import digest_checkpoint
 from linearize.convert import export, plan
 from linearize.convert.card import front_matter
 from linearize.convert.checkpoint import open_run
@@ -32,7 +32,7 @@ from linearize.convert.lolcats_format import PAPER, SCALE, TARGETS, Published, r
 from linearize.convert.lora import inject
 from linearize.convert.optim import deterministic
 from linearize.convert.stages import timed
-from linearize.convert.surgery import account, linearize_model
+from linearize.convert.surgery import linearize_model
 from linearize.convert.verify import expect, verify_export
 from linearize.errors import UsageError
 from linearize.modeling.configuration_linearized import head_sizes
@@ -77,7 +77,7 @@ def import_lolcats(
     _require_fit(published, config, Path(distilled))
     recipe = _recipe(published, config, lora_alpha=lora_alpha, device=device, dtype=dtype)
     layout = plan.Layout.of(config, recipe, training=False)
-    account(read_tensors(folder), plan.native_keys(config), config)
+    plan.checked_tensors(folder, config)
     kind = select_dtype(stored if dtype == "auto" else dtype)
     sizes = layout.sizes()
     require_free_space(target, (sizes["teacher"] + sizes["new"]) * kind.itemsize + (16 << 20))

@@ -17,8 +17,16 @@ from linearize.convert.families import check_fit, check_stages, family_of, head_
 from linearize.convert.finetune_loss import PIECE
 from linearize.convert.lora import target_modules, width_of
 from linearize.convert.stages import StageShape, stage_shape
-from linearize.convert.surgery import LINEAR, account, empty_student, mixer_plan, student_config, trained_names
-from linearize.errors import RefusedError, UsageError
+from linearize.convert.surgery import (
+    LINEAR,
+    account,
+    empty_student,
+    mixer_plan,
+    require_shapes,
+    student_config,
+    trained_names,
+)
+from linearize.errors import RefusedError, UsageError, did_you_mean
 from linearize.modeling.encoder_spec import usable_positions
 from linearize.modeling.family_table import PREFIX, auto_class, lookup
 from linearize.recipe import Recipe
@@ -26,6 +34,8 @@ from linearize.teacher_bits import require_quantisable, require_teacher_bits
 
 CONTEXTS = (2_048, 32_768, 131_072)
 UNSAVED = "the run was killed before it had saved anything: it begins anew"
+ACTIVATIONS = ("hidden_act", "hidden_activation", "activation_function")
+"""What families call the activation of their MLP."""
 WEIGHING = ("window_logit", "mix_gate", "far_mass")
 """A mixer's parameters that weigh its branches; the linear branch by itself does not read them."""
 DTYPE_BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
@@ -79,7 +89,6 @@ def make_plan(
             incomplete.
     """
     from linearize.artifacts.load import check_checkpoint, resolve
-    from linearize.artifacts.weights import read_tensors
     from linearize.convert.stream import planned_way
     from linearize.data import load_source
     from linearize.modeling.configuration_linearized import kv_bytes
@@ -99,7 +108,7 @@ def make_plan(
     if data is not None:
         load_source(data, limit_bytes=1, packed=True)  # that it can be read, and no more
     layout = Layout.of(config, recipe)
-    dropped = account(read_tensors(folder), native_keys(config), config)
+    dropped = checked_tensors(folder, config)
     export = dtype if recipe.dtype == "auto" else recipe.dtype
     sizes = layout.sizes()
     align, finetune = stage_shapes(recipe, alignable=sizes["align"] > 0)
@@ -333,21 +342,51 @@ def _require_read(names: list[str], *, key: str, train: str) -> None:
 
 
 def teacher_config(folder: Path) -> tuple[Any, str]:
-    """The config of a checkpoint and the name of its weights' dtype."""
-    from linearize.artifacts.config_reader import build_config
+    """The config of a checkpoint and the name of its weights' dtype.
+
+    Raises:
+        UsageError: it is no config of ours, or names an activation that nobody knows.
+    """
+    from transformers.activations import ACT2FN
+
+    from linearize.artifacts.config_reader import CONFIG, build_config
     from linearize.artifacts.load import select_dtype
 
-    return build_config(folder), str(select_dtype("auto", folder)).removeprefix("torch.")
+    config = build_config(folder)
+    for key in ACTIVATIONS:
+        value = getattr(config, key, None)
+        if isinstance(value, str) and value not in ACT2FN:
+            raise UsageError(
+                f"{folder / CONFIG}: {key} is {value!r:.60}, which is no activation of transformers."
+                f"{did_you_mean(value, ACT2FN)}",
+                "Check it against the model's own repository",
+            )
+    return config, str(select_dtype("auto", folder)).removeprefix("torch.")
 
 
-def native_keys(config: Any) -> list[str]:
-    """Names of the tensors that a teacher's files must hold; transformers joins some of them when it loads them."""
+def checked_tensors(folder: Path, config: Any) -> dict[str, str]:
+    """Compare a teacher's files with its config, by names and shapes; {dropped tensor: rule}, see `account`.
+
+    Raises:
+        RefusedError: a tensor is missing, or has no place. UsageError: one has another shape.
+    """
+    from linearize.artifacts.weights import read_tensors
+
+    stored = {name: info.shape for name, (_, info) in read_tensors(folder).items()}
+    wanted = native_tensors(config)
+    dropped = account(stored, wanted, config)
+    require_shapes(stored, wanted, config)
+    return dropped
+
+
+def native_tensors(config: Any) -> dict[str, tuple[int, ...]]:
+    """Names and shapes of the tensors that a teacher's files must hold; transformers joins some when it loads them."""
     import torch
     from transformers.core_model_loading import revert_weight_conversion
 
     with torch.device("meta"):
         model = auto_class(config).from_config(config, trust_remote_code=False)
-        return list(revert_weight_conversion(model, model.state_dict()))
+        return {name: tuple(t.shape) for name, t in revert_weight_conversion(model, model.state_dict()).items()}
 
 
 def training_bytes(

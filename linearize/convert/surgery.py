@@ -6,7 +6,7 @@ is built empty, takes each of the teacher's tensors by name, and its mixers are 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Iterable, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -16,8 +16,8 @@ from torch import Tensor, nn
 from linearize.artifacts.quantised import quantised_modules
 from linearize.convert.families import family_of, lies_in, module_paths
 from linearize.convert.optim import derived_seed
-from linearize.errors import RefusedError, VerificationError
-from linearize.modeling.family_table import lookup
+from linearize.errors import RefusedError, UsageError, VerificationError
+from linearize.modeling.family_table import Family, lookup
 from linearize.modeling.mixer_spec import MixerSpec
 
 LINEAR, SOFTMAX = "linear", "softmax"
@@ -60,9 +60,7 @@ def account(stored: Iterable[str], wanted: Iterable[str], config: Any) -> dict[s
     """
     family = lookup(config)
     need = {family.current_name(name) for name in wanted}
-    have = {family.current_name(name) for name in stored}
-    if not any(name.startswith(f"{family.body}.") for name in have):  # files of a body alone, whose head is tied
-        have = {name if name in need else f"{family.body}.{name}" for name in have}
+    have = set(_in_model(stored, need, family))
     tied = dict(family.tied) if config.tie_word_embeddings else {}
     for copy, original in tied.items():
         if copy in have and original not in have:
@@ -81,6 +79,38 @@ def account(stored: Iterable[str], wanted: Iterable[str], config: Any) -> dict[s
             )
         dropped[name] = rule
     return dropped
+
+
+def require_shapes(stored: Mapping[str, tuple[int, ...]], wanted: Mapping[str, tuple[int, ...]], config: Any) -> None:
+    """Compare the shapes of the tensors in a teacher's files with those that its config describes.
+
+    Raises:
+        UsageError: one differs.
+    """
+    family = lookup(config)
+    need = {family.current_name(name): shape for name, shape in wanted.items()}
+    there = _in_model(stored, need, family)
+    wrong = [name for name, file in there.items() if name in need and stored[file] != need[name]]
+    if wrong:
+        more = f" (and {len(wrong) - 1} more)" if wrong[1:] else ""
+        raise UsageError(
+            f"the weight {wrong[0]}{more} is {_by(stored[there[wrong[0]]])} in the teacher's files and "
+            f"{_by(need[wrong[0]])} by its config",
+            "Take the config.json that belongs to these weights",
+        )
+
+
+def _in_model(stored: Iterable[str], need: Collection[str], family: Family) -> dict[str, str]:
+    """The names that tensors of a teacher's files have in its model, and theirs in the files."""
+    found = {family.current_name(name): name for name in stored}
+    if any(name.startswith(f"{family.body}.") for name in found):
+        return found
+    # Files of a body alone, whose head is tied.
+    return {name if name in need else f"{family.body}.{name}": file for name, file in found.items()}
+
+
+def _by(shape: tuple[int, ...]) -> str:
+    return " x ".join(map(str, shape)) or "a number"
 
 
 def mixer_plan(num_layers: int, softmax_layers: Collection[int]) -> list[str]:

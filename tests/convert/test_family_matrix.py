@@ -17,14 +17,13 @@ import torch
 from safetensors.torch import load_file
 
 from linearize.artifacts.load import load_model
-from linearize.artifacts.weights import read_tensors
 from linearize.convert import pipeline
 from linearize.convert.capture import TeacherLayer, captured
 from linearize.convert.finetune import training_mode
 from linearize.convert.observe import mixer_call
 from linearize.convert.pipeline import convert
-from linearize.convert.plan import native_keys
-from linearize.convert.surgery import account, linearize_model
+from linearize.convert.plan import checked_tensors
+from linearize.convert.surgery import linearize_model
 from linearize.evaluate.truncation import truncated
 from linearize.modeling.cache_linearized import LinearizedCache
 from linearize.modeling.configuration_linearized import state_bytes
@@ -85,7 +84,7 @@ def test_nothing_converted_is_the_teacher_bit_for_bit(family: str, tmp_path: Pat
     assert torch.equal(logits(native, body(native)(input_ids=x, use_cache=False).last_hidden_state), want)
     for name, model in (("teacher", native), ("student", student)):
         model.save_pretrained(tmp_path / name)
-    account(read_tensors(tmp_path / "teacher"), native_keys(native.config), native.config)
+    checked_tensors(tmp_path / "teacher", native.config)
     original, loaded = (load_model(tmp_path / name, device="cpu") for name in ("teacher", "student"))
     assert type(loaded) is MODELS[family]
     for model in (original, student, loaded):

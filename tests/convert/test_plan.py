@@ -66,6 +66,30 @@ def test_refusals(teacher_folder: Path, text_file: Path, tmp_path: Path) -> None
         make_plan(teacher_folder, recipe=load_recipe("lolcats", [*SMALL, "keep_softmax=[5]"]))
 
 
+@pytest.mark.parametrize(
+    ("changes", "refusal"),
+    [
+        (
+            {"num_key_value_heads": 4},
+            r"k_proj\.weight \(and \d+ more\) is .* in the teacher's files and .* by its config",
+        ),
+        ({"intermediate_size": 40}, r"mlp\.\w+\.weight \(and \d+ more\) is .* in the teacher's files"),
+        ({"hidden_act": "slu"}, r"config\.json: hidden_act is 'slu', .* Did you mean 'silu'\?"),
+    ],
+)
+def test_a_config_that_is_not_that_of_the_weights_is_refused(
+    changes: dict[str, Any], refusal: str, teacher_folder: Path, text_file: Path, tmp_path: Path
+) -> None:
+    shutil.copytree(teacher_folder, tmp_path / "teacher")
+    path = tmp_path / "teacher" / "config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | changes))
+    recipe = load_recipe("lolcats", SMALL)
+    with pytest.raises(UsageError, match=refusal):
+        make_plan(tmp_path / "teacher", recipe=recipe)
+    with pytest.raises(UsageError, match=refusal):
+        pipeline.convert(tmp_path / "teacher", tmp_path / "out", recipe=recipe, data=str(text_file))
+
+
 WEIGHED = ["mixer.mix=mass", "align.tokens=1k"]
 """Makes of `liger-gla` a recipe whose mixer trains what weighs its branches, and nothing else."""
 
