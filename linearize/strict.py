@@ -27,7 +27,8 @@ _SCALE = {"": 1, "k": 10**3, "m": 10**6, "b": 10**9}
 
 
 class _StrictLoader(yaml.SafeLoader):
-    """SafeLoader that refuses anchors and aliases, keys given twice, keys that are not text, and deep nesting."""
+    """SafeLoader that refuses anchors and aliases, keys given twice, keys that are not text, deep nesting, and numbers
+    that YAML 1.1 reads otherwise than people do."""
 
     depth = 0
 
@@ -53,6 +54,21 @@ class _StrictLoader(yaml.SafeLoader):
                 raise _problem(f"the key {show(key)} is given twice", key_node)
             seen.add(key)
         return super().construct_mapping(node, deep)
+
+
+def _as_written(loader: _StrictLoader, node: yaml.ScalarNode) -> int | float:
+    """A number, unless a leading zero or a colon makes another one of it: YAML 1.1 takes 010 for 8 and 1:30 for 90."""
+    whole = node.tag.endswith(":int")
+    value = loader.construct_yaml_int(node) if whole else loader.construct_yaml_float(node)
+    digits = node.value.replace("_", "").lstrip("+-")
+    if ":" in digits or (whole and digits.isdecimal() and int(digits) != abs(value)):
+        base = 60 if ":" in digits else 8
+        raise _problem(f"{show(node.value)} would be {show(value)}, in base {base}: write the decimal number", node)
+    return value
+
+
+for _tag in ("int", "float"):
+    _StrictLoader.add_constructor(f"tag:yaml.org,2002:{_tag}", _as_written)
 
 
 def _problem(text: str, at: Any) -> yaml.MarkedYAMLError:

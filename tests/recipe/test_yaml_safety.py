@@ -49,6 +49,8 @@ def bomb() -> str:
         ("name: x\n", "mixer: missing"),
         ("mixer: {}\n", "name: missing"),
         ("#" * (MAX_YAML_BYTES + 1), "longer than"),
+        (GOOD.replace("seed: 0 ", "seed: 010 "), "'010' would be 8, in base 8: write the decimal number (line "),
+        (GOOD.replace("seed: 0 ", "seed: 1:30 "), "'1:30' would be 90, in base 60: write the decimal number (line "),
     ],
 )
 def test_refused_in_one_line_that_names_the_file(tmp_path: Path, content: str | bytes, says: str) -> None:
@@ -66,3 +68,27 @@ def test_errors_say_the_line(tmp_path: Path) -> None:
 def test_words_stay_words() -> None:
     assert read_yaml("none", "x") == "none"
     assert read_yaml("[q_proj, k_proj]", "x") == ["q_proj", "k_proj"]
+
+
+@pytest.mark.parametrize(
+    ("text", "value"),
+    [
+        ("0", 0),
+        ("007", 7),
+        ("-12", -12),
+        ("+5", 5),
+        ("1_000", 1000),
+        ("0x10", 16),
+        ("0b11", 3),
+        ("0.5", 0.5),
+        ("012.5", 12.5),
+    ],
+)
+def test_numbers_are_what_they_look_like(text: str, value: float) -> None:
+    assert read_yaml(text, "here") == value
+
+
+@pytest.mark.parametrize("text", ["010", "-010", "0_17", "1:30", "190:20:30", "1:30.5", "[1, 010]"])
+def test_numbers_of_other_bases_without_a_sign_of_it_are_refused(text: str) -> None:
+    with pytest.raises(UsageError, match=r"^here: '.*' would be .*, in base (8|60): write the decimal number \(line 1"):
+        read_yaml(text, "here")
