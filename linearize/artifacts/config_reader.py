@@ -77,6 +77,8 @@ _ALSO_READ = frozenset(
         "tie_word_embeddings",
     }
 )
+# Fields with an underscore that say which modules a model has: early OPT has no last norm.
+_SHAPES = ("_remove_final_layer_norm",)
 # Fields of the classes that name code, files or other repositories.
 _NEVER = ("auto_map", "trust_remote_code", "transformers_weights", "quantization_config")
 _DTYPES = ("float32", "bfloat16", "float16")
@@ -234,7 +236,7 @@ def stored_dtype(config: dict[str, Any]) -> str | None:
 
 
 def _harmless(key: str) -> bool:
-    return not (key.startswith("_") or "_implementation" in key or key in _NEVER)
+    return key in _SHAPES or not (key.startswith("_") or "_implementation" in key or key in _NEVER)
 
 
 def _number(value: Any) -> bool:

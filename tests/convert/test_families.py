@@ -19,7 +19,7 @@ from linearize.artifacts.config_reader import SUPPORTED, build_config
 from linearize.artifacts.load import load_model
 from linearize.convert.families import check_fit, family_of, module_paths, require_family
 from linearize.convert.lora import target_modules
-from linearize.convert.plan import inspect, make_plan
+from linearize.convert.plan import checked_tensors, inspect, make_plan
 from linearize.convert.surgery import linearize_model, trained_names
 from linearize.errors import UsageError
 from linearize.modeling.configuration_linearized import CONFIGS, linearized_config
@@ -342,6 +342,19 @@ PUBLISHED: dict[str, dict[str, Any]] = {
     "qwen3_moe": {"rope_theta": 1e6, "num_experts": 8, "moe_intermediate_size": 16, "head_dim": 16},
 }  # fmt: skip
 """Keys as published checkpoints have them, some from before transformers 5."""
+
+
+@torch.no_grad()
+def test_an_opt_without_its_last_norm(tmp_path: Path) -> None:
+    """As fairseq's were: what says so begins with an underscore, as do keys that a config may not set."""
+    native = teacher("opt", _remove_final_layer_norm=True)
+    assert native.model.decoder.final_layer_norm is None
+    native.save_pretrained(tmp_path / "teacher")
+    loaded = load_model(tmp_path / "teacher", device="cpu")
+    assert checked_tensors(tmp_path / "teacher", loaded.config) == {}
+    linearize_model(loaded, spec=SPEC, layer_mixers=["softmax"] * 3, seed=0)[0].save_pretrained(tmp_path / "student")
+    x = torch.arange(3, 60)[None]
+    assert torch.equal(load_model(tmp_path / "student", device="cpu")(x).logits, native(x).logits)
 
 
 @pytest.mark.parametrize("kind", PUBLISHED)
