@@ -24,6 +24,8 @@ from linearize.errors import LinearizeError, RefusedError, UsageError
 
 _FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 _CHUNK = 1 << 20
+MOUNTS = Path("/proc/self/mountinfo")
+"""Where Linux lists what is mounted."""
 
 
 def place_of(path: str | os.PathLike[str]) -> Path:
@@ -181,10 +183,24 @@ def require_empty(out: str | os.PathLike[str]) -> None:
     if any(path.iterdir()):
         raise RefusedError(f"{path} is not empty", "Choose another folder.")
     inside = f"Choose a folder within it, such as {path / 'model'}."
-    if os.path.ismount(path):
+    if _is_mount(path):
         raise RefusedError(f"{path} is a mount point, which cannot be replaced by a finished folder", inside)
     if _is_current(path):
         raise RefusedError(f"{path} is the current folder, which would be replaced under your shell", inside)
+
+
+def _is_mount(path: Path) -> bool:
+    """Whether something is mounted there, be it a folder of the same disk, which no device of its own tells."""
+    if os.path.ismount(path):
+        return True
+    try:
+        table = MOUNTS.read_bytes()
+    except OSError:  # no Linux
+        return False
+    place = os.fsencode(os.path.realpath(path))
+    for character in (b"\\", b" ", b"\t", b"\n"):  # as the table writes them
+        place = place.replace(character, b"\\%03o" % ord(character))
+    return any(line.split(b" ")[4:5] == [place] for line in table.splitlines())
 
 
 def _is_current(path: Path) -> bool:

@@ -271,18 +271,24 @@ def test_a_link_to_an_empty_folder_stays_and_the_folder_is_filled(tmp_path: Path
         write(link, b"three")
 
 
-@pytest.mark.parametrize("place", ["a mount point", "the current folder"])
+@pytest.mark.parametrize("place", ["a mount point", "a mount point of the same disk", "the current folder"])
 def test_a_folder_that_no_rename_replaces_is_refused_before_the_work(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, place: str
 ) -> None:
-    out = tmp_path / "out"
-    out.mkdir()
-    if place == "a mount point":
+    out = tmp_path / "an empty" / "out"
+    out.mkdir(parents=True)
+    if place == "a mount point of the same disk":
+        listed = str(out).replace(" ", "\\040")
+        (tmp_path / "mounts").write_text(
+            f"22 1 8:1 / / rw - ext4 /dev/a rw\n29 22 8:1 /a {listed} rw - ext4 /dev/a rw\n"
+        )
+        monkeypatch.setattr(atomic, "MOUNTS", tmp_path / "mounts")
+    elif place == "a mount point":
         monkeypatch.setattr(atomic.os.path, "ismount", lambda path: Path(path) == out)
     else:
         monkeypatch.chdir(out)
-        monkeypatch.setenv("PWD", str(out))
-    refusal = pytest.raises(RefusedError, match=rf"is {place}.*Choose a folder within it, such as .*/out/model")
+    why = place.removesuffix(" of the same disk")
+    refusal = pytest.raises(RefusedError, match=rf"is {why}.*Choose a folder within it, such as .*/out/model")
     with refusal, atomic.atomic_directory(out):
         raise AssertionError("it began")
     write(out / "model", b"one")
