@@ -10,6 +10,7 @@ it would also hold the prompt's keys during prefill, where masks would be as lon
 
 from __future__ import annotations
 
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
@@ -21,6 +22,11 @@ try:
     from linearize_kernels.decode import settle
 except ImportError:  # an exported model without linearize: no kernel leaves anything to settle
     settle = None  # type: ignore[assignment]
+
+
+def lasting() -> AbstractContextManager[Any]:
+    """For tensors that are written to in place: those made in inference mode could not be, once it is over."""
+    return torch.inference_mode(False) if torch.is_inference_mode_enabled() else nullcontext()
 
 
 class LinearStateLayer(CacheLayerMixin):
@@ -108,8 +114,9 @@ class LinearStateLayer(CacheLayerMixin):
         """Change the rows: new tensors, for the batch may be of another size."""
         self.settle()
         self.moves += 1
-        self.tensors = {name: change(x) for name, x in self.tensors.items()}
-        self.workspace = {name: change(x) for name, x in self.workspace.items()}
+        with lasting():
+            self.tensors = {name: change(x) for name, x in self.tensors.items()}
+            self.workspace = {name: change(x) for name, x in self.workspace.items()}
 
     def reorder_cache(self, beam_idx: torch.LongTensor) -> None:
         """Take rows in another order, in place where their number stays."""

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from .cache_linearized import lasting
 from .mixer_decode import decode_token
 from .softcap import step_window
 
@@ -49,12 +50,13 @@ class MixerState:
         precise = torch.float64 if q.dtype == torch.float64 else torch.float32
 
         def full(*shape: int, dtype: torch.dtype = precise) -> torch.Tensor:
-            return torch.zeros(batch, *shape, dtype=dtype, device=q.device)
+            with lasting():
+                return torch.zeros(batch, *shape, dtype=dtype, device=q.device)
 
         made = {"state": full(heads, mixer.features, width), "position": full(dtype=torch.long)}
         if mixer.value_size > width:
             made["z"] = full(heads, mixer.features)
-            self.cache.workspace["z_next"] = torch.zeros_like(made["z"])
+            self.cache.workspace["z_next"] = full(heads, mixer.features)
         if spec.window:
             made |= {f"ring_{x}": full(kv_heads, 2 * spec.window, width, dtype=k.dtype) for x in "kv"}
         if spec.sinks:
