@@ -168,8 +168,7 @@ class FeatureMap(nn.Module):
 
     def __init__(self, name: str, heads: int, head_dim: int, feature_dim: int | None) -> None:
         super().__init__()
-        self.name = name
-        self.activation = ACTIVATIONS[name]
+        self.name = name  # and not its function: a lambda cannot be pickled
         if name in LEARNED_MAPS:
             width = feature_dim or head_dim
             self.weight = nn.Parameter(torch.empty(heads, head_dim, width))
@@ -196,11 +195,11 @@ class FeatureMap(nn.Module):
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         if self.name not in LEARNED_MAPS:
-            return self.activation(x)
+            return ACTIVATIONS[self.name](x)
         rows = x.transpose(0, 1).flatten(1, 2)  # [H, N L, D]: one product a head
         weight = self.weight.to(x.dtype)
         if self.name in BIASED:
             made = torch.baddbmm(self.bias.to(x.dtype)[:, None], rows, weight)
         else:
             made = torch.bmm(rows, weight)
-        return self.activation(made).unflatten(1, (x.shape[0], -1)).transpose(0, 1)
+        return ACTIVATIONS[self.name](made).unflatten(1, (x.shape[0], -1)).transpose(0, 1)

@@ -7,6 +7,7 @@ norms and RoPE are therefore the teacher's code, not a copy of it.
 from __future__ import annotations
 
 import copy
+import threading
 from functools import cache
 from importlib import import_module
 from operator import attrgetter
@@ -15,6 +16,7 @@ from typing import Any, NamedTuple, cast
 import torch
 from torch import nn
 from transformers.cache_utils import DynamicCache, StaticCache
+from transformers.generation import GenerationMixin
 from transformers.modeling_utils import AttentionInterface
 
 from .cache_linearized import LinearizedCache
@@ -30,6 +32,10 @@ from .pointwise import quick_class, quicken
 MIXER_ATTENTION = "linearized_mixer"
 MIXER_PARTS = (Mixer, FeatureMap, OwnProjection, Decay, TokenScore)
 """Modules with `initial_values`. Each starts its own tensors: transformers passes over a module that lacks none."""
+
+
+_running = threading.local()
+"""`frozen`: the caches that this thread's innermost `generate` has to thaw."""
 
 
 def mixer_attention(
@@ -62,7 +68,6 @@ class LinearAttentionMixin:
         super().__init__(own, layer_idx=layer_idx)  # type: ignore[call-arg]
         heads, kv_heads, width = head_sizes(config)
         self.rotates = self.family.rotates(config, layer_idx)
-        self.mixer_layout: Layout | None = None  # set by a layer that cannot hand it on
         self.mixer = Mixer(
             config.mixer_spec(),
             hidden_size=config.hidden_size,
@@ -78,6 +83,8 @@ class LinearAttentionMixin:
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
         """As the native forward; the layer's state lies in the cache, padding in `mixer_layout`."""
         given = {self.family.arguments[i]: value for i, value in enumerate(args)} | kwargs
+        if isinstance(given.get("attention_mask"), Layout):  # from a LayoutLayerMixin
+            mixer_layout = given["attention_mask"]
         cache = given.pop(self.family.cache, None)
         call = self.mixer_call(hidden_states, given, mixer_layout)
         call["cache"] = None if cache is None else cache.layers[self.layer_idx]  # type: ignore[attr-defined]
@@ -90,26 +97,36 @@ class LinearAttentionMixin:
         return {
             "inputs": hidden_states,
             "rotation": given.get("position_embeddings") if self.rotates else None,
-            "layout": self.mixer_layout if mixer_layout is None else mixer_layout,
+            "layout": mixer_layout,
         }
 
 
 class LayoutLayerMixin:
-    """A decoder layer that would lose `mixer_layout` on the way to its attention: it lays it down there.
+    """A decoder layer that would lose `mixer_layout` on the way to its attention: it hands it on as the mask.
 
     In the layer's own forward, and nowhere else, so that recomputation under gradient checkpointing does the same.
     """
 
-    family: Family
+    native: type
 
     def forward(self, *args: Any, mixer_layout: Layout | None = None, **kwargs: Any) -> Any:
         """As the native forward."""
-        attention = attrgetter(self.family.attention)(self)
-        attention.mixer_layout = mixer_layout
-        try:
-            return super().forward(*args, **kwargs)  # type: ignore[misc]
-        finally:
-            attention.mixer_layout = None
+        return super().forward(*args, **(kwargs | {"attention_mask": mixer_layout}))  # type: ignore[misc]
+
+    def __reduce__(self) -> Any:
+        """As one of the native class: this one has no name to be found by."""
+        return _layout_layer, (self.native,), self.__dict__
+
+
+@cache
+def layout_layer_class(native: type) -> type:
+    """A native layer class under LayoutLayerMixin. Its name stays: transformers splits models by names of layers."""
+    return type(native.__name__, (LayoutLayerMixin, native), {"native": native, "__module__": native.__module__})
+
+
+def _layout_layer(native: type) -> Any:
+    kind: Any = layout_layer_class(native)
+    return kind.__new__(kind)
 
 
 class MixerInitMixin:
@@ -134,8 +151,8 @@ class LinearizedModelMixin(MixerInitMixin):
         for index in config.linear_layers:
             self.family.put_attention(layers, index, self.attention_class(config, index))
             if self.family.deaf_layers:
-                kind = type(layers[index])  # its name stays: transformers splits models by names of layers
-                layers[index].__class__ = type(kind.__name__, (LayoutLayerMixin, kind), {"family": self.family})
+                native: type = type(layers[index])
+                layers[index].__class__ = layout_layer_class(native)
         quicken(self)  # type: ignore[arg-type]
         self.post_init()  # type: ignore[attr-defined]
 
@@ -239,13 +256,14 @@ class LinearizedCausalLMMixin(MixerInitMixin):
 
     def generate(self, *args: Any, **kwargs: Any) -> Any:
         """As transformers' generate; on a GPU the decode runs as a CUDA graph (decode_graph.py)."""
-        self._decoding: list[LinearizedCache] = []
+        outer, frozen = getattr(_running, "frozen", None), []  # type: ignore[var-annotated]
+        _running.frozen = frozen
         try:
             return super().generate(*args, **kwargs)  # type: ignore[misc]
         finally:
-            for cache in self._decoding:
+            _running.frozen = outer
+            for cache in frozen:
                 cache.thaw()
-            self._decoding = []
 
     def _prefill(
         self, input_ids: torch.Tensor, generation_config: Any, model_kwargs: Any, *args: Any, **kw: Any
@@ -266,7 +284,7 @@ class LinearizedCausalLMMixin(MixerInitMixin):
                     self.decode_graph_reason = str(error)
                 else:
                     cache.graph = DecodeGraph(self, cache, most)
-                    self._decoding.append(cache)
+                    _running.frozen.append(cache)
         return out
 
     def _prepare_cache_for_generation(self, generation_config: Any, model_kwargs: dict[str, Any], *args: Any) -> None:
@@ -403,7 +421,9 @@ def family_classes(model_type: str) -> FamilyClasses:
     def make(kind: str, mixin: type, parent: str, **own: Any) -> Any:
         name, base = f"Linearized{family.name}{kind}", getattr(native, parent)
         own |= {"family": family, "__module__": __name__, "__doc__": f"{family.name}'s {parent}, with linear layers."}
-        return type(name, (mixin, quick_class(base) or base), own)
+        # transformers makes another class, of no name, of a generating one from an export that lacks this direct base.
+        generating = (GenerationMixin,) if issubclass(base, GenerationMixin) else ()
+        return type(name, (mixin, quick_class(base) or base, *generating), own)
 
     attention = make("Attention", mixins[0], family.attention_class)
     config: dict[str, Any] = {"config_class": config_class(model_type)}

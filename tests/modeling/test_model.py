@@ -4,9 +4,12 @@ from __future__ import annotations
 
 import json
 import os
+import pickle
 import subprocess
 import sys
+import threading
 from collections.abc import Iterable
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -245,6 +248,54 @@ def test_the_callers_own_cache_is_filled(kind: str, plan: list[str]) -> None:
     assert torch.equal(x, student.generate(x[:, :150], use_cache=False, max_new_tokens=40, **options))
 
 
+@pytest.mark.parametrize("recipe", SPECS)
+@torch.no_grad()
+def test_a_cache_outlives_inference_mode(recipe: str) -> None:
+    """Its tensors are written to in place: those that were made in inference mode may not be, outside it."""
+    student, x = convert(teacher("llama"), SPECS[recipe], PLANS[1]), ids(2, 150)
+    want = student(x, use_cache=False).logits[:, 100:]
+    with torch.inference_mode():
+        kept, moved = (student(x[:, :100], use_cache=True).past_key_values for _ in range(2))
+        moved.batch_repeat_interleave(2)
+        moved.reorder_cache(torch.tensor([0, 2, 1, 3]))
+    parts = [student(x[:, t : t + 1], past_key_values=kept).logits for t in (100, 101)]
+    parts.append(student(x[:, 102:], past_key_values=kept).logits)
+    assert relative(torch.cat(parts, 1), want) < 1e-5
+    got = student(x[[0, 1, 0, 1], 100:], past_key_values=moved).logits
+    assert relative(got, want[[0, 1, 0, 1]]) < 1e-5
+
+
+@pytest.mark.parametrize("recipe", SPECS)
+@torch.no_grad()
+def test_a_whole_model_is_pickled(recipe: str) -> None:
+    """By classes that are found by name, whatever was made of the native ones."""
+    for family in ("llama", "stablelm"):
+        student, x = convert(teacher(family), SPECS[recipe], PLANS[1]), ids(1, 70)
+        again = pickle.loads(pickle.dumps(student))
+        assert type(again) is type(student) and torch.equal(again(x).logits, student(x).logits)
+
+
+@torch.no_grad()
+def test_threads_share_a_model() -> None:
+    """One that waits between a layer's norm and its attention, where the other one's padding could come in."""
+    student = convert(teacher("stablelm"), SPECS["lolcats"])
+    x, masks = ids(2, 100), [torch.ones(2, 100, dtype=torch.long) for _ in range(2)]
+    masks[0][0, :30] = 0
+    masks[1][1, :77] = 0
+    want = [student(x, attention_mask=mask, use_cache=False).logits for mask in masks]
+    meet = threading.Barrier(2, timeout=60)
+
+    def wait(*_: Any) -> None:
+        meet.wait()
+
+    for layer in student.model.layers:
+        layer.input_layernorm.register_forward_hook(wait)
+    with ThreadPoolExecutor(2) as pool, torch.no_grad():
+        runs = [pool.submit(torch.no_grad()(student), x, attention_mask=mask, use_cache=False) for mask in masks]
+        for run, wanted in zip(runs, want, strict=True):
+            assert torch.equal(run.result().logits, wanted)
+
+
 @torch.no_grad()
 def test_foreign_caches_and_masks_are_refused_clearly() -> None:
     native = teacher("llama")
@@ -299,10 +350,11 @@ def test_saving_an_export_again_keeps_its_code(tmp_path: Path) -> None:
     code = {path.name: path.read_bytes() for path in first.glob("*.py")}
     assert code and {path.name: path.read_bytes() for path in again.glob("*.py")} == code
     script = (
-        "import sys, torch; sys.modules['linearize'] = sys.modules['linearize_kernels'] = None\n"
+        "import pickle, sys, torch; sys.modules['linearize'] = sys.modules['linearize_kernels'] = None\n"
         "from transformers import AutoModelForCausalLM as auto\n"
         "model = auto.from_pretrained(sys.argv[1], trust_remote_code=True)\n"
         "model.save_pretrained(sys.argv[2]); model = auto.from_pretrained(sys.argv[2], trust_remote_code=True)\n"
+        "model = pickle.loads(pickle.dumps(model))\n"
         "print(model(torch.arange(9)[None]).logits.double().sum().item().hex())"
     )
     env = os.environ | {"HF_HOME": str(tmp_path / "home"), "HF_HUB_OFFLINE": "1"}
