@@ -27,8 +27,7 @@ _SCALE = {"": 1, "k": 10**3, "m": 10**6, "b": 10**9}
 
 
 class _StrictLoader(yaml.SafeLoader):
-    """SafeLoader that refuses anchors and aliases, keys given twice, keys that are not text, deep nesting, and numbers
-    that YAML 1.1 reads otherwise than people do."""
+    """SafeLoader that refuses anchors and aliases, keys given twice, keys that are not text, and deep nesting."""
 
     depth = 0
 
@@ -56,6 +55,10 @@ class _StrictLoader(yaml.SafeLoader):
         return super().construct_mapping(node, deep)
 
 
+class _RecipeLoader(_StrictLoader):
+    """It refuses numbers, too, that YAML 1.1 reads otherwise than people do."""
+
+
 def _as_written(loader: _StrictLoader, node: yaml.ScalarNode) -> int | float:
     """A number, unless a leading zero or a colon makes another one of it: YAML 1.1 takes 010 for 8 and 1:30 for 90."""
     whole = node.tag.endswith(":int")
@@ -68,7 +71,7 @@ def _as_written(loader: _StrictLoader, node: yaml.ScalarNode) -> int | float:
 
 
 for _tag in ("int", "float"):
-    _StrictLoader.add_constructor(f"tag:yaml.org,2002:{_tag}", _as_written)
+    _RecipeLoader.add_constructor(f"tag:yaml.org,2002:{_tag}", _as_written)
 
 
 def _problem(text: str, at: Any) -> yaml.MarkedYAMLError:
@@ -78,16 +81,19 @@ def _problem(text: str, at: Any) -> yaml.MarkedYAMLError:
 _YAML = "Check the quotes, brackets and indents there."
 
 
-def read_yaml(text: str, where: str) -> Any:
+def read_yaml(text: str, where: str, *, recipe: bool = True) -> Any:
     """The value of one YAML document of at most `MAX_YAML_BYTES` characters.
 
+    Args:
+        recipe: whether its numbers are somebody's settings; of a model's card, they are no reason to refuse the rest.
+
     Raises:
-        UsageError: too long, not YAML, more than one document, or one of the things that `_StrictLoader` refuses.
+        UsageError: too long, not YAML, more than one document, or one of the things that the loader refuses.
     """
     if len(text) > MAX_YAML_BYTES:
         raise UsageError(f"{where}: longer than {MAX_YAML_BYTES} characters", "This is not a recipe.")
     try:
-        return yaml.load(text, Loader=_StrictLoader)
+        return yaml.load(text, Loader=_RecipeLoader if recipe else _StrictLoader)
     except yaml.MarkedYAMLError as error:
         mark = error.problem_mark or error.context_mark
         line = f" (line {mark.line + 1}, column {mark.column + 1})" if mark else ""

@@ -66,7 +66,7 @@ def card_metadata(folder: Path) -> dict[str, Any]:
     if match is None:
         return {}
     try:
-        found = read_yaml(match[1], CARD)
+        found = read_yaml(match[1], CARD, recipe=False)
     except UsageError:
         return {}
     return found if isinstance(found, dict) else {}

@@ -103,6 +103,14 @@ def test_a_file_of_terms_is_known_by_its_whole_text(tmp_path: Path, root: Path) 
     assert as_metadata(found) == {"license": "other", "license_name": "base-model-licence", "license_link": "LICENSE"}
 
 
+@pytest.mark.parametrize("number", ["1:30", "010"])
+def test_a_number_of_another_base_in_a_card_does_not_hide_its_licence(number: str, tmp_path: Path) -> None:
+    """It is refused in recipes; whoever wrote a card meant nothing by it."""
+    (tmp_path / "README.md").write_text(front(f"license: mit\ntraining_time: {number}"))
+    found = read_licence(tmp_path)
+    assert found is not None and found["id"] == "mit"
+
+
 def test_files_out_of_the_folder_say_nothing(tmp_path: Path) -> None:
     (tmp_path / "elsewhere").write_text(front("license: mit"))
     (folder := tmp_path / "model").mkdir()
