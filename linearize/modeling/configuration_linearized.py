@@ -60,14 +60,22 @@ class LinearizedFields:
     mixer_window_weight: float | int = MixerSpec.window_weight
 
     def __post_init__(self, **kwargs: Any) -> None:
-        layers = self.num_hidden_layers  # type: ignore[attr-defined]
         if self.layer_mixers is None:
-            self.layer_mixers = ["linear"] * layers
-        if len(self.layer_mixers) != layers or set(self.layer_mixers) - {"linear", "softmax"}:
-            raise ValueError(f"layer_mixers: needs {layers} entries, each linear or softmax; got {self.layer_mixers}")
+            self.layer_mixers = ["linear"] * self.num_hidden_layers  # type: ignore[attr-defined]
+        self.require_plan()
         super().__post_init__(**kwargs)  # type: ignore[misc]
         if (announce := type(self).on_first_use) is not None:
             announce(self)
+
+    def require_plan(self) -> None:
+        """Compare the plan with the number of layers, which from_pretrained may set after the config was made.
+
+        Raises:
+            ValueError: they do not fit, or an entry is none.
+        """
+        layers, plan = self.num_hidden_layers, self.layer_mixers or []  # type: ignore[attr-defined]
+        if len(plan) != layers or set(plan) - {"linear", "softmax"}:
+            raise ValueError(f"layer_mixers: needs {layers} entries, each linear or softmax; got {plan}")
 
     def mixer_spec(self) -> MixerSpec:
         """The mixer of the linear layers.

@@ -160,6 +160,7 @@ class EncoderModelMixin(EncoderInitMixin):
             raise ValueError(
                 "is_decoder, add_cross_attention: a linearized encoder reads in both directions, and alone"
             )
+        config.require_plan()
         super().__init__(config, add_pooling_layer=add_pooling_layer)  # type: ignore[call-arg]
         for index in config.linear_layers:
             self.family.put_attention(self.encoder.layer, index, self.attention_class(config, index))  # type: ignore[attr-defined]

@@ -146,6 +146,7 @@ class LinearizedModelMixin(MixerInitMixin):
     attention_class: type
 
     def __init__(self, config: Any) -> None:
+        config.require_plan()
         super().__init__(config)  # type: ignore[call-arg]
         layers = attrgetter(self.family.layers)(self)
         for index in config.linear_layers:
@@ -265,6 +266,17 @@ class LinearizedCausalLMMixin(MixerInitMixin):
             for cache in frozen:
                 cache.thaw()
 
+    def init_continuous_batching(self, *args: Any, **kwargs: Any) -> Any:
+        """Refused: continuous batching pages keys and values, and a linear layer has none.
+
+        Raises:
+            NotImplementedError: always; `generate_batch` begins here too.
+        """
+        raise NotImplementedError(
+            "continuous batching keeps pages of keys and values, which a converted model has not: call generate on a "
+            "left-padded batch"
+        )
+
     def _prefill(
         self, input_ids: torch.Tensor, generation_config: Any, model_kwargs: Any, *args: Any, **kw: Any
     ) -> Any:
@@ -289,6 +301,11 @@ class LinearizedCausalLMMixin(MixerInitMixin):
 
     def _prepare_cache_for_generation(self, generation_config: Any, model_kwargs: dict[str, Any], *args: Any) -> None:
         """A fresh LinearizedCache, whatever cache implementation was asked for; a given one is continued."""
+        if generation_config.is_assistant:
+            raise ValueError(
+                "assistant_model: a converted model cannot draft for another one, for its state cannot take back the "
+                "tokens that are rejected"
+            )
         if model_kwargs.get("past_key_values") is None and generation_config.use_cache is not False:
             model_kwargs["past_key_values"] = LinearizedCache(self.config)  # type: ignore[attr-defined]
 

@@ -297,6 +297,26 @@ def test_threads_share_a_model() -> None:
 
 
 @torch.no_grad()
+def test_ways_of_generation_that_need_keys_are_refused_at_once() -> None:
+    native = teacher("llama")
+    student, x = convert(native, SPECS["lolcats"]), ids(1, 20)
+    with pytest.raises(ValueError, match="assistant_model: a converted model cannot draft"):
+        native.generate(x, assistant_model=student, max_new_tokens=5, do_sample=False)
+    with pytest.raises(NotImplementedError, match="call generate on a left-padded batch"):
+        student.generate_batch([x[0].tolist()])
+
+
+def test_a_plan_of_another_number_of_layers_is_refused(tmp_path: Path) -> None:
+    """Also where from_pretrained sets the number after the config was made."""
+    student = convert(teacher("llama"), SPECS["lolcats"])
+    student.save_pretrained(tmp_path)
+    with pytest.raises(ValueError, match="layer_mixers: needs 2 entries"):
+        type(student).from_pretrained(tmp_path, num_hidden_layers=2)
+    fewer = type(student).from_pretrained(tmp_path, num_hidden_layers=2, layer_mixers=["linear", "softmax"])
+    assert fewer(ids(1, 9)).logits.isfinite().all()
+
+
+@torch.no_grad()
 def test_foreign_caches_and_masks_are_refused_clearly() -> None:
     native = teacher("llama")
     student = convert(native, SPECS["lolcats"])
