@@ -72,6 +72,8 @@ def is_own_hook(hook: Any) -> bool:
 
 
 _threads = threading.local()
+_one_capture = threading.Lock()
+"""Held by the thread that captures: torch's generators and allocator know of one capture a device."""
 
 
 def capture_stream(device: torch.device) -> Any:
@@ -152,10 +154,11 @@ class DecodeGraph:
         """Record a step without running it; whether that worked. The host counts once, for the replay that follows."""
         counts = [layer.counts() for layer in self.cache.layers]
         graph = torch.cuda.CUDAGraph()
-        torch.cuda.synchronize(self.model.device)
         try:
-            # Not torch.cuda.graph: it empties the allocator's cache, which costs more than the steps of a short text.
-            with torch.cuda.stream(self.stream):
+            # Not torch.cuda.graph: it empties the allocator's cache, which costs more than the steps of a short text,
+            # and waits for the device, which no thread may while another one captures. The stream is enough.
+            with _one_capture, torch.cuda.stream(self.stream):
+                self.stream.synchronize()
                 graph.capture_begin(capture_error_mode="thread_local")
                 try:
                     self.step()

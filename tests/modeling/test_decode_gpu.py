@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from typing import Any
 
@@ -128,3 +129,20 @@ def test_weights_that_accelerate_keeps_on_the_cpu(recipe: str) -> None:
     assert torch.equal(away(x).logits, here(x).logits)
     assert torch.equal(away.generate(x, **options), here.generate(x, **options))
     assert away.decode_graph_reason is not None
+
+
+@pytest.mark.parametrize("recipe", ["lolcats", "pure"])
+@torch.no_grad()
+def test_threads_capture_and_replay_side_by_side(recipe: str) -> None:
+    """Of one model, each its own graph; none waits for the device while another one captures."""
+    student = convert(teacher("llama"), SPECS[recipe], PLAN).cuda().bfloat16()
+    texts = [ids(2, 100 + 40 * n, n).cuda() for n in range(3)]
+    options = {"max_new_tokens": 20, **GREEDY}
+    want = [student.generate(x, **options) for x in texts]
+
+    def work(n: int) -> bool:
+        return all(torch.equal(student.generate(texts[n], **options), want[n]) for _ in range(20))
+
+    with ThreadPoolExecutor(3) as pool:
+        assert list(pool.map(work, range(3))) == [True] * 3
+    assert student.decode_graph_reason is None
