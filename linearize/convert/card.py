@@ -188,7 +188,7 @@ def _figures(facts: Mapping[str, Any]) -> list[str]:
                 lines.append(f"- {name}: no training loss was measured: the window was hidden in every step")
                 continue
             if last is None:
-                seen = " with the window" if getattr(facts["recipe"], name).window_dropout else ""
+                seen = " with the window" if 0 < getattr(facts["recipe"], name).window_dropout < 1 else ""
                 lines.append(f"- {name}: training loss {first:.4g} in its only step{seen}")
                 continue
             lines.append(

@@ -276,7 +276,7 @@ def _take_in(
         raise VerificationError(
             f"finetuning: the loss or its gradient is not finite at step {step + 1}{where}", "Lower finetune.lr"
         )
-    if hidden and finetune.window_dropout < 1 and state.loss_last is not None:
+    if hidden and finetune.window_dropout < 1:
         return
     taken = state.extra.get("taken", 0)
     state.extra["taken"] = taken + 1

@@ -101,6 +101,9 @@ def test_figures_that_no_step_gave_are_said_to_be_missing() -> None:
     some = model_card(facts(recipe=hidden, losses={"align": (0.5, None)}, unmatched=[1]))
     assert "- align: training loss 0.5 in its only step with the window" in some
     assert "are explained, mean of the layers but 1, whose window was hidden in every step" in some
+    always = load_recipe("lolcats", ["finetune.window_dropout=1.0"])
+    alone = model_card(facts(recipe=always, losses={"finetune": (0.5, None)}))
+    assert "- finetune: training loss 0.5 in its only step\n" in alone, "which had no window"
 
 
 def test_examples_name_the_folder() -> None:
