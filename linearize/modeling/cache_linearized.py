@@ -11,10 +11,17 @@ it would also hold the prompt's keys during prefill, where masks would be as lon
 from __future__ import annotations
 
 from contextlib import AbstractContextManager, nullcontext
-from typing import Any
+from typing import Any, cast
 
 import torch
-from transformers.cache_utils import Cache, CacheLayerMixin, DynamicLayer, DynamicSlidingWindowLayer
+from transformers.cache_utils import (
+    Cache,
+    CacheLayerMixin,
+    DynamicCache,
+    DynamicLayer,
+    DynamicSlidingWindowLayer,
+    StaticCache,
+)
 
 from .family_table import lookup
 
@@ -307,6 +314,28 @@ class LinearizedCache(Cache):
         if not additive:
             return seen
         return torch.zeros(seen.shape, dtype=dtype, device=seen.device).masked_fill(~seen, torch.finfo(dtype).min)
+
+
+def has_read(cache: Any) -> bool:
+    """Whether there is a cache, and tokens in it."""
+    return cache is not None and cache.get_seq_length() > 0
+
+
+def adopt(cache: Any, config: Any) -> LinearizedCache:
+    """Turn the caller's empty DynamicCache or StaticCache into ours: the same object, for the caller goes on with it.
+
+    Raises:
+        ValueError: another kind of cache, or one that has read tokens.
+    """
+    if type(cache) not in (DynamicCache, StaticCache) or has_read(cache):
+        read = f" that has read {cache.get_seq_length()} tokens" if has_read(cache) else ""
+        raise ValueError(
+            "past_key_values: a converted model continues from a LinearizedCache, or fills an empty DynamicCache or "
+            f"StaticCache; got a {type(cache).__name__}{read}"
+        )
+    cache.__class__ = LinearizedCache
+    cache.__init__(config)
+    return cast(LinearizedCache, cache)
 
 
 def softmax_window(config: Any, index: int) -> int | None:

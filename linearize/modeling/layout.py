@@ -45,6 +45,42 @@ class Layout:
         return torch.where(real, out, 0.0).movedim(1, dim)
 
 
+def sequences(
+    tokens: torch.Tensor,
+    attention_mask: torch.Tensor | None,
+    position_ids: torch.Tensor | None,
+    *,
+    seen: int = 0,
+    own_mask: bool = True,
+) -> Layout | None:
+    """Where the sequences of a call lie: by the mask's zeros, or by positions that start anew; None: one a row.
+
+    Args:
+        tokens: [B, T] or [B, T, C]; position_ids: [B, T].
+        attention_mask: [B, at least seen + T], as transformers reads it; or, with `own_mask`, of these tokens [B, T].
+        seen: tokens that a cache has read; only where there are none may rows hold several documents.
+        own_mask: see above; softmax layers want all of the mask.
+
+    Raises:
+        ValueError: a mask of another shape; linear layers cannot follow an arbitrary 4D mask.
+    """
+    batch, length = tokens.shape[:2]
+    if attention_mask is not None:
+        width = attention_mask.shape[1] if attention_mask.ndim == 2 else 0
+        if len(attention_mask) != batch or not (width >= seen + length or (own_mask and width == length)):
+            raise ValueError(
+                f"attention_mask: a converted model needs [{batch}, {seen + length} or more] with 0 at padding"
+                f"{', the tokens in the cache first' if seen else ''}; got {list(attention_mask.shape)}"
+            )
+        first = seen if width >= seen + length else 0
+        layout = padded_layout(attention_mask[:, first : first + length])
+        if layout is not None:
+            return layout
+    if position_ids is not None and not seen and length > 1:
+        return packed_layout(position_ids, batch)
+    return None
+
+
 def padded_layout(mask: torch.Tensor) -> Layout | None:
     """Layout of a batch whose `mask` [B, T] is 0 at padding, on either side; None where nothing is padded."""
     real = mask.bool()

@@ -11,21 +11,20 @@ import threading
 from functools import cache
 from importlib import import_module
 from operator import attrgetter
-from typing import Any, NamedTuple, cast
+from typing import Any, NamedTuple
 
 import torch
 from torch import nn
-from transformers.cache_utils import DynamicCache, StaticCache
 from transformers.generation import GenerationMixin
 from transformers.modeling_utils import AttentionInterface
 
-from .cache_linearized import LinearizedCache
+from .cache_linearized import LinearizedCache, adopt, has_read
 from .configuration_linearized import ByFamily, config_class, head_sizes
 from .decode_graph import DecodeGraph, why_not
 from .family_table import FAMILIES, Family
 from .feature_maps import FeatureMap, OwnProjection, set_start_values
 from .gates import Decay, TokenScore
-from .layout import Layout, document_mask, packed_layout, padded_layout
+from .layout import Layout, document_mask, sequences
 from .mixer import BRANCHES, Mixer
 from .pointwise import quick_class, quicken
 
@@ -173,7 +172,7 @@ class LinearizedModelMixin(MixerInitMixin):
             raise ValueError("You must specify exactly one of input_ids or inputs_embeds")
         config = self.config  # type: ignore[attr-defined]
         if past_key_values is not None and not isinstance(past_key_values, LinearizedCache):
-            past_key_values = _adopt(past_key_values, config)
+            past_key_values = adopt(past_key_values, config)
         if attention_mask is not None and attention_mask.ndim == 2 and len(attention_mask) == 1:
             attention_mask = attention_mask.expand(len(tokens), -1)
         layout = None
@@ -310,42 +309,6 @@ class LinearizedCausalLMMixin(MixerInitMixin):
             model_kwargs["past_key_values"] = LinearizedCache(self.config)  # type: ignore[attr-defined]
 
 
-def sequences(
-    tokens: torch.Tensor,
-    attention_mask: torch.Tensor | None,
-    position_ids: torch.Tensor | None,
-    *,
-    seen: int = 0,
-    own_mask: bool = True,
-) -> Layout | None:
-    """Where the sequences of a call lie: by the mask's zeros, or by positions that start anew; None: one a row.
-
-    Args:
-        tokens: [B, T] or [B, T, C]; position_ids: [B, T].
-        attention_mask: [B, at least seen + T], as transformers reads it; or, with `own_mask`, of these tokens [B, T].
-        seen: tokens that a cache has read; only where there are none may rows hold several documents.
-        own_mask: see above; softmax layers want all of the mask.
-
-    Raises:
-        ValueError: a mask of another shape; linear layers cannot follow an arbitrary 4D mask.
-    """
-    batch, length = tokens.shape[:2]
-    if attention_mask is not None:
-        width = attention_mask.shape[1] if attention_mask.ndim == 2 else 0
-        if len(attention_mask) != batch or not (width >= seen + length or (own_mask and width == length)):
-            raise ValueError(
-                f"attention_mask: a converted model needs [{batch}, {seen + length} or more] with 0 at padding"
-                f"{', the tokens in the cache first' if seen else ''}; got {list(attention_mask.shape)}"
-            )
-        first = seen if width >= seen + length else 0
-        layout = padded_layout(attention_mask[:, first : first + length])
-        if layout is not None:
-            return layout
-    if position_ids is not None and not seen and length > 1:
-        return packed_layout(position_ids, batch)
-    return None
-
-
 def real_positions(
     tokens: torch.Tensor, layout: Layout | None, cache: LinearizedCache | None, index: int
 ) -> torch.Tensor | None:
@@ -353,7 +316,7 @@ def real_positions(
 
     A softmax layer sees only differences of positions; a feature map of a rotated key sees the position itself.
     """
-    layer = cache.layers[index] if _has_read(cache) else None  # type: ignore[union-attr]
+    layer = cache.layers[index] if has_read(cache) else None  # type: ignore[union-attr]
     if layout is None and (layer is None or layer.uniform is not None):  # type: ignore[attr-defined]
         return None
     batch, length = tokens.shape[:2]
@@ -384,27 +347,6 @@ def attention_layers(model: nn.Module) -> list[tuple[int, nn.Module]]:
 
 def _mixers(model: nn.Module) -> list[Mixer]:
     return [module for module in model.modules() if isinstance(module, Mixer)]
-
-
-def _has_read(cache: Any) -> bool:
-    return cache is not None and cache.get_seq_length() > 0
-
-
-def _adopt(cache: Any, config: Any) -> LinearizedCache:
-    """Turn the caller's empty DynamicCache or StaticCache into ours: the same object, for the caller goes on with it.
-
-    Raises:
-        ValueError: another kind of cache, or one that has read tokens.
-    """
-    if type(cache) not in (DynamicCache, StaticCache) or _has_read(cache):
-        read = f" that has read {cache.get_seq_length()} tokens" if _has_read(cache) else ""
-        raise ValueError(
-            "past_key_values: a converted model continues from a LinearizedCache, or fills an empty DynamicCache or "
-            f"StaticCache; got a {type(cache).__name__}{read}"
-        )
-    cache.__class__ = LinearizedCache
-    cache.__init__(config)
-    return cast(LinearizedCache, cache)
 
 
 class FamilyClasses(NamedTuple):
