@@ -20,6 +20,7 @@ from linearize.convert.families import require_family
 from linearize.convert.same_run import how_asked
 from linearize.convert.stages import StageShape
 from linearize.convert.stream import Way, choose_way
+from linearize.convert.teacher import checked_tensors, teacher_config
 from linearize.data import Source, documents_apart, load_source
 from linearize.errors import RefusedError, UsageError
 from linearize.recipe import Recipe
@@ -80,9 +81,9 @@ def gather(
     folder = resolve(model)
     require_family(folder)
     check_checkpoint(folder, finite=False)
-    config, stored = plan.teacher_config(folder)
+    config, stored = teacher_config(folder)
     layout = plan.Layout.of(config, recipe)
-    plan.checked_tensors(folder, config)
+    checked_tensors(folder, config)
     if teacher_bits is not None:
         require_quantisable(config.model_type)
     sizes = layout.sizes()

@@ -33,6 +33,7 @@ from linearize.convert.lora import inject
 from linearize.convert.optim import deterministic
 from linearize.convert.stages import timed
 from linearize.convert.surgery import linearize_model
+from linearize.convert.teacher import checked_tensors, teacher_config
 from linearize.convert.verify import expect, verify_export
 from linearize.errors import UsageError
 from linearize.modeling.configuration_linearized import head_sizes
@@ -69,7 +70,7 @@ def import_lolcats(
     folder = resolve(base)
     require_family(folder)
     check_checkpoint(folder, finite=False)
-    config, stored = plan.teacher_config(folder)
+    config, stored = teacher_config(folder)
     if config.model_type not in FAMILIES:
         raise UsageError(f"LoLCATs converts {' and '.join(FAMILIES)} models, and {base} is a {config.model_type}")
     with timed(seconds, "read"):
@@ -77,7 +78,7 @@ def import_lolcats(
     _require_fit(published, config, Path(distilled))
     recipe = _recipe(published, config, lora_alpha=lora_alpha, device=device, dtype=dtype)
     layout = plan.Layout.of(config, recipe, training=False)
-    plan.checked_tensors(folder, config)
+    checked_tensors(folder, config)
     kind = select_dtype(stored if dtype == "auto" else dtype)
     sizes = layout.sizes()
     require_free_space(target, (sizes["teacher"] + sizes["new"]) * kind.itemsize + (16 << 20))

@@ -19,23 +19,20 @@ from linearize.convert.lora import target_modules, width_of
 from linearize.convert.stages import StageShape, stage_shape
 from linearize.convert.surgery import (
     LINEAR,
-    account,
     empty_student,
     mixer_plan,
-    require_shapes,
     student_config,
     trained_names,
 )
-from linearize.errors import RefusedError, UsageError, did_you_mean
+from linearize.convert.teacher import checked_tensors, teacher_config
+from linearize.errors import RefusedError, UsageError
 from linearize.modeling.encoder_spec import usable_positions
-from linearize.modeling.family_table import PREFIX, auto_class, lookup
+from linearize.modeling.family_table import PREFIX, lookup
 from linearize.recipe import Recipe
 from linearize.teacher_bits import require_quantisable, require_teacher_bits
 
 CONTEXTS = (2_048, 32_768, 131_072)
 UNSAVED = "the run was killed before it had saved anything: it begins anew"
-ACTIVATIONS = ("hidden_act", "hidden_activation", "activation_function")
-"""What families call the activation of their MLP."""
 WEIGHING = ("window_logit", "mix_gate", "far_mass")
 """A mixer's parameters that weigh its branches; the linear branch by itself does not read them."""
 DTYPE_BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
@@ -339,54 +336,6 @@ def _require_read(names: list[str], *, key: str, train: str) -> None:
             f"{key}: the linear branch alone trains nothing here, for {weighing[0]} only weighs it against the window",
             f"Use {key}={'mix' if key == 'align.branch' else 0}, or name projections in {train} too",
         )
-
-
-def teacher_config(folder: Path) -> tuple[Any, str]:
-    """The config of a checkpoint and the name of its weights' dtype.
-
-    Raises:
-        UsageError: it is no config of ours, or names an activation that nobody knows.
-    """
-    from transformers.activations import ACT2FN
-
-    from linearize.artifacts.config_reader import CONFIG, build_config
-    from linearize.artifacts.load import select_dtype
-
-    config = build_config(folder)
-    for key in ACTIVATIONS:
-        value = getattr(config, key, None)
-        if isinstance(value, str) and value not in ACT2FN:
-            raise UsageError(
-                f"{folder / CONFIG}: {key} is {value!r:.60}, which is no activation of transformers."
-                f"{did_you_mean(value, ACT2FN)}",
-                "Check it against the model's own repository",
-            )
-    return config, str(select_dtype("auto", folder)).removeprefix("torch.")
-
-
-def checked_tensors(folder: Path, config: Any) -> dict[str, str]:
-    """Compare a teacher's files with its config, by names and shapes; {dropped tensor: rule}, see `account`.
-
-    Raises:
-        RefusedError: a tensor is missing, or has no place. UsageError: one has another shape.
-    """
-    from linearize.artifacts.weights import read_tensors
-
-    stored = {name: info.shape for name, (_, info) in read_tensors(folder).items()}
-    wanted = native_tensors(config)
-    dropped = account(stored, wanted, config)
-    require_shapes(stored, wanted, config)
-    return dropped
-
-
-def native_tensors(config: Any) -> dict[str, tuple[int, ...]]:
-    """Names and shapes of the tensors that a teacher's files must hold; transformers joins some when it loads them."""
-    import torch
-    from transformers.core_model_loading import revert_weight_conversion
-
-    with torch.device("meta"):
-        model = auto_class(config).from_config(config, trust_remote_code=False)
-        return {name: tuple(t.shape) for name, t in revert_weight_conversion(model, model.state_dict()).items()}
 
 
 def training_bytes(

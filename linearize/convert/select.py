@@ -37,6 +37,7 @@ from linearize.convert.placement import REFERENCE, costliest, cut_of, ranking, r
 from linearize.convert.stages import StageState, shown, stage_shape
 from linearize.convert.surgery import linearize_model
 from linearize.convert.swap import TOKENS, SwapLoss, measure, window_attentions
+from linearize.convert.teacher import teacher_config
 from linearize.data import Source, document_marks, load_source, pack, tokenize_documents
 from linearize.errors import RefusedError, UsageError, did_you_mean
 from linearize.progress import NullProgress, Progress
@@ -210,7 +211,7 @@ def _read(
     folder = resolve(model)
     require_family(folder)
     check_checkpoint(folder, finite=False)
-    config, _ = plan.teacher_config(folder)
+    config, _ = teacher_config(folder)
     require_keep(keep, config.num_hidden_layers)
     layout = plan.Layout.of(config, replace(recipe, keep_softmax="none"))
     cut = cut_of(recipe.mixer, recipe.context)

@@ -6,7 +6,7 @@ is built empty, takes each of the teacher's tensors by name, and its mixers are 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -16,24 +16,11 @@ from torch import Tensor, nn
 from linearize.artifacts.quantised import quantised_modules
 from linearize.convert.families import family_of, lies_in, module_paths
 from linearize.convert.optim import derived_seed
-from linearize.errors import RefusedError, UsageError, VerificationError
-from linearize.modeling.family_table import Family, lookup
+from linearize.errors import VerificationError
+from linearize.modeling.family_table import lookup
 from linearize.modeling.mixer_spec import MixerSpec
 
 LINEAR, SOFTMAX = "linear", "softmax"
-
-MASKS = tuple(f".{attention}.{mask}" for attention in ("attn", "attention") for mask in ("bias", "masked_bias"))
-"""Buffers that old checkpoints of GPT-2 and GPT-NeoX hold beside their weights."""
-
-DROP_RULES: dict[str, Callable[[str, Any], bool]] = {
-    "rotary table, recomputed from the config": lambda name, config: name.endswith("rotary_emb.inv_freq"),
-    "causal mask, the same in every model": lambda name, config: name.endswith(MASKS),
-    "tied output embedding, the same as the input's": lambda name, config: (
-        name in lookup(config).tied and bool(config.tie_word_embeddings)
-    ),
-    "part of pretraining, of no use to the task": lambda name, config: name.startswith(lookup(config).spare),
-}
-"""Why a tensor of a teacher's file may have no place of its own in the model; nothing else is ever dropped."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -50,67 +37,6 @@ class SurgeryReport:
     def as_dict(self) -> dict[str, Any]:
         """Counts, rules and new names, as plain values."""
         return {"mapped": len(self.mapped), "dropped": self.dropped, "new": len(self.new)}
-
-
-def account(stored: Iterable[str], wanted: Iterable[str], config: Any) -> dict[str, str]:
-    """Compare the tensors in a teacher's files with those its model wants; {dropped tensor: rule}.
-
-    Raises:
-        RefusedError: a tensor without a place, or a place without a tensor (which would be filled with noise).
-    """
-    family = lookup(config)
-    need = {family.current_name(name) for name in wanted}
-    have = set(_in_model(stored, need, family))
-    tied = dict(family.tied) if config.tie_word_embeddings else {}
-    for copy, original in tied.items():
-        if copy in have and original not in have:
-            have = (have - {copy}) | {original}
-    missing = sorted(need - have - set(tied))
-    if missing:
-        more = f" and {len(missing) - 1} more tensors" if missing[1:] else ""
-        raise RefusedError(f"the teacher's files lack {missing[0]}{more}", "The checkpoint is incomplete")
-    dropped = {}
-    for name in sorted(have - (need - set(tied))):
-        rule = next((rule for rule, applies in DROP_RULES.items() if applies(name, config)), None)
-        if rule is None:
-            raise RefusedError(
-                f"the teacher's files hold {name}, which the family {config.model_type} has no place for",
-                "It would be lost in the conversion",
-            )
-        dropped[name] = rule
-    return dropped
-
-
-def require_shapes(stored: Mapping[str, tuple[int, ...]], wanted: Mapping[str, tuple[int, ...]], config: Any) -> None:
-    """Compare the shapes of the tensors in a teacher's files with those that its config describes.
-
-    Raises:
-        UsageError: one differs.
-    """
-    family = lookup(config)
-    need = {family.current_name(name): shape for name, shape in wanted.items()}
-    there = _in_model(stored, need, family)
-    wrong = [name for name, file in there.items() if name in need and stored[file] != need[name]]
-    if wrong:
-        more = f" (and {len(wrong) - 1} more)" if wrong[1:] else ""
-        raise UsageError(
-            f"the weight {wrong[0]}{more} is {_by(stored[there[wrong[0]]])} in the teacher's files and "
-            f"{_by(need[wrong[0]])} by its config",
-            "Take the config.json that belongs to these weights",
-        )
-
-
-def _in_model(stored: Iterable[str], need: Collection[str], family: Family) -> dict[str, str]:
-    """The names that tensors of a teacher's files have in its model, and theirs in the files."""
-    found = {family.current_name(name): name for name in stored}
-    if any(name.startswith(f"{family.body}.") for name in found):
-        return found
-    # Files of a body alone, whose head is tied.
-    return {name if name in need else f"{family.body}.{name}": file for name, file in found.items()}
-
-
-def _by(shape: tuple[int, ...]) -> str:
-    return " x ".join(map(str, shape)) or "a number"
 
 
 def mixer_plan(num_layers: int, softmax_layers: Collection[int]) -> list[str]:

@@ -19,8 +19,9 @@ from linearize.artifacts.config_reader import SUPPORTED, build_config
 from linearize.artifacts.load import load_model
 from linearize.convert.families import check_fit, family_of, module_paths, require_family
 from linearize.convert.lora import target_modules
-from linearize.convert.plan import checked_tensors, inspect, make_plan
+from linearize.convert.plan import inspect, make_plan
 from linearize.convert.surgery import linearize_model, trained_names
+from linearize.convert.teacher import checked_tensors
 from linearize.errors import UsageError
 from linearize.modeling.configuration_linearized import CONFIGS, linearized_config
 from linearize.modeling.family_table import FAMILIES, PROJECTIONS, TASKS

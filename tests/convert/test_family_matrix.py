@@ -22,8 +22,8 @@ from linearize.convert.capture import TeacherLayer, captured
 from linearize.convert.finetune import training_mode
 from linearize.convert.observe import mixer_call
 from linearize.convert.pipeline import convert
-from linearize.convert.plan import checked_tensors
 from linearize.convert.surgery import linearize_model
+from linearize.convert.teacher import checked_tensors
 from linearize.evaluate.truncation import truncated
 from linearize.modeling.cache_linearized import LinearizedCache
 from linearize.modeling.configuration_linearized import state_bytes

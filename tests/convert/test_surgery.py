@@ -10,7 +10,8 @@ import pytest
 import torch
 
 from linearize.convert.export import cast
-from linearize.convert.surgery import account, linearize_model, mixer_plan, trained_names
+from linearize.convert.surgery import linearize_model, mixer_plan, trained_names
+from linearize.convert.teacher import account
 from linearize.errors import RefusedError
 from linearize.modeling.mixer_spec import MixerSpec
 
