@@ -97,7 +97,9 @@ def read_yaml(text: str, where: str, *, recipe: bool = True) -> Any:
     except yaml.MarkedYAMLError as error:
         mark = error.problem_mark or error.context_mark
         line = f" (line {mark.line + 1}, column {mark.column + 1})" if mark else ""
-        raise UsageError(f"{where}: {error.problem or error.context or 'not valid YAML'}{line}", _YAML) from None
+        written = isinstance(error, (yaml.scanner.ScannerError, yaml.parser.ParserError))  # ours say what to do
+        problem = error.problem or error.context or "not valid YAML"
+        raise UsageError(f"{where}: {problem}{line}", _YAML if written else None) from None
     except (yaml.YAMLError, ValueError, OverflowError, RecursionError) as error:
         # PyYAML lets ValueError out of dates and very long integers; the message may quote the whole value.
         raise UsageError(f"{where}: not valid YAML: {str(error)[:120]}", _YAML) from None
