@@ -12,7 +12,6 @@ import typer
 from linearize.errors import RefusedError, UsageError
 from linearize_cli import completion
 from linearize_cli.output import (
-    make_progress,
     only_json,
     print_json,
     print_report,
@@ -20,6 +19,7 @@ from linearize_cli.output import (
     say,
     watching,
 )
+from linearize_cli.progress import make_progress
 from linearize_cli.results import print_audit, print_conversion, print_inspection, print_plan
 from linearize_cli.terminal import print_text
 

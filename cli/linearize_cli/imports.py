@@ -9,7 +9,8 @@ from typing import Annotated, Any
 import typer
 
 from linearize_cli.commands import Device, Dtype, Json, Revision, app
-from linearize_cli.output import console, make_progress, only_json, plural, print_json, program, say
+from linearize_cli.output import console, only_json, plural, print_json, program, say
+from linearize_cli.progress import make_progress
 
 imports_app = typer.Typer(rich_markup_mode=None, help="Turn published linear checkpoints into ordinary exports.")
 app.add_typer(imports_app, name="import", invoke_without_command=True)

@@ -1,4 +1,4 @@
-"""What people and programs see: results and progress for people on stderr, one JSON object for programs on stdout."""
+"""What people and programs see: results for people on stderr, one JSON object for programs on stdout."""
 
 from __future__ import annotations
 
@@ -8,7 +8,6 @@ import math
 import os
 import sys
 import textwrap
-import time
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -18,14 +17,9 @@ from linearize_cli.terminal import clean, cleaned_console
 if TYPE_CHECKING:
     from rich.console import Console
 
-SECONDS_BETWEEN_LINES = 5.0
-"""How often progress prints a line where there is no terminal."""
-
 _PLAIN_WIDTH = 140
-_WIDE = 140
 _WORD = 24
 """Longer words may be broken to keep a table."""
-_MATCH_TITLE = "How well each layer is matched (explained: share of the teacher's attention output)"
 _SHARES = ("match", "explained")
 
 
@@ -89,7 +83,7 @@ def print_table(rows: Sequence[Mapping[str, Any]], *, title: str | None = None, 
     table = Table(box=box.SIMPLE_HEAD, pad_edge=False)
     for name in names:
         numeric = all(isinstance(row.get(name), (int, float, type(None))) for row in rows)
-        table.add_column(_label(name), justify="right" if numeric else "left", overflow="fold")
+        table.add_column(label(name), justify="right" if numeric else "left", overflow="fold")
     for row in rows:
         table.add_row(*(figure(name, row.get(name)) for name in names))
     target.print(table)
@@ -97,24 +91,24 @@ def print_table(rows: Sequence[Mapping[str, Any]], *, title: str | None = None, 
 
 def _least_width(names: Sequence[str], rows: Sequence[Mapping[str, Any]]) -> int:
     """Columns of a terminal in which a table still reads well: no ordinary word of it is broken."""
-    cells = {name: [_label(name), *(figure(name, row.get(name)) for row in rows)] for name in names}
+    cells = {name: [label(name), *(figure(name, row.get(name)) for row in rows)] for name in names}
     words = [max((len(word) for cell in column for word in cell.split()), default=0) for column in cells.values()]
     return sum(min(word, _WORD) for word in words) + 3 * len(names)
 
 
 def _print_records(names: Sequence[str], rows: Sequence[Mapping[str, Any]], target: Console) -> None:
     first, *rest = names
-    width = max((len(_label(name)) for name in rest), default=0)
+    width = max((len(label(name)) for name in rest), default=0)
     for row in rows:
-        target.print(f"{_label(first)} {figure(first, row.get(first))}".strip(), style="bold")
+        target.print(f"{label(first)} {figure(first, row.get(first))}".strip(), style="bold")
         for name in rest:
             if row.get(name) is None:
                 continue
-            label = f"  {_label(name):{width}}  "
-            room = max(target.width - len(label), _WORD)
+            begin = f"  {label(name):{width}}  "
+            room = max(target.width - len(begin), _WORD)
             for line in textwrap.wrap(figure(name, row[name]), room, break_on_hyphens=False) or [""]:
-                target.print(label + line, soft_wrap=True)
-                label = " " * len(label)
+                target.print(begin + line, soft_wrap=True)
+                begin = " " * len(begin)
 
 
 @contextlib.contextmanager
@@ -126,7 +120,7 @@ def watching(*, doings: bool = True) -> Iterator[None]:
     from linearize.progress import told_to
 
     _warned.clear()
-    if doings and _drawable():
+    if doings and drawable():
         with (
             console().status("loading") as status,
             told_to(lambda what, who: status.update(_plain(f"{what}: {who}")), _warn),
@@ -164,142 +158,25 @@ def _plain(text: str) -> Any:
     return Text(text)
 
 
-def _drawable() -> bool:
+def drawable() -> bool:
+    """Whether stderr is a terminal that can be drawn on."""
     return sys.stderr.isatty() and os.environ.get("TERM") != "dumb"
-
-
-def make_progress() -> BarProgress | LineProgress:
-    """Bars on a terminal, plain lines elsewhere."""
-    return BarProgress() if _drawable() else LineProgress()
-
-
-class _Clock:
-    """Speed and time left of one stage, counted from the first step that this process makes."""
-
-    def __init__(self, total_steps: int, tokens_per_step: int) -> None:
-        self.total_steps = total_steps
-        self.tokens_per_step = tokens_per_step
-        self.began = time.monotonic()
-        self.first: int | None = None
-
-    def update(self, step: int) -> tuple[float, float]:
-        """(tokens a second, seconds left) after `step` steps."""
-        if self.first is None:
-            self.first = step - 1
-        seconds_a_step = max(time.monotonic() - self.began, 1e-9) / max(step - self.first, 1)
-        return self.tokens_per_step / seconds_a_step, max(self.total_steps - step, 0) * seconds_a_step
-
-
-class LineProgress:
-    """Progress as plain lines: the first and last step of a stage and one every few seconds."""
-
-    def __init__(self) -> None:
-        self._clock = _Clock(0, 0)
-        self._spoke = 0.0
-
-    def start(self, stage: str, total_steps: int, tokens_per_step: int) -> None:
-        """Announce the stage."""
-        self._clock = _Clock(total_steps, tokens_per_step)
-        self._spoke = 0.0
-        say(f"{stage}: {plural(total_steps, 'step')} of {tokens_per_step:,} tokens")
-
-    def step(self, stage: str, step: int, loss: float | None, tokens: int, extra: Mapping[str, Any]) -> None:
-        """Say where the stage is, if it is time to."""
-        speed, left = self._clock.update(step)
-        total = self._clock.total_steps
-        now = time.monotonic()
-        if step < total and now - self._spoke < SECONDS_BETWEEN_LINES:
-            return
-        self._spoke = now
-        more = "".join(f", {_label(name)} {figure(name, value)}" for name, value in extra.items())
-        lost = "" if loss is None else f", loss {loss:.4g}"
-        say(f"{stage}: step {step:,}/{total:,}{lost}{more}, {speed:,.0f} tokens/s, {_clock_time(left)} left")
-
-    def layer_table(self, rows: Sequence[Mapping[str, Any]]) -> None:
-        """The match of each layer."""
-        if rows:  # none where every step hid the window, as the results say
-            print_table(without_copies(rows), title=_MATCH_TITLE)
-
-    def message(self, text: str) -> None:
-        """One line."""
-        say(text)
-
-    def finish(self, stage: str) -> None:
-        """Nothing: the last step has been told."""
-
-    def close(self) -> None:
-        """Nothing to give back."""
-
-
-class BarProgress:
-    """Progress as a bar with loss, tokens a second and time left."""
-
-    def __init__(self) -> None:
-        from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
-
-        self._console = console()
-        self._bar = Progress(
-            TextColumn("{task.description}", markup=False),
-            BarColumn(bar_width=None),
-            MofNCompleteColumn(),
-            TextColumn("{task.fields[figures]}", markup=False),
-            console=self._console,
-            transient=False,
-            redirect_stdout=False,
-            redirect_stderr=True,
-        )
-        self._task: Any = None
-        self._clock = _Clock(0, 0)
-
-    def start(self, stage: str, total_steps: int, tokens_per_step: int) -> None:
-        """A new bar."""
-        self._clock = _Clock(total_steps, tokens_per_step)
-        if self._task is not None:
-            self._bar.update(self._task, visible=False)  # it has been left on the screen above
-        self._task = self._bar.add_task(stage, total=total_steps, figures="")
-        self._bar.start()
-
-    def step(self, stage: str, step: int, loss: float | None, tokens: int, extra: Mapping[str, Any]) -> None:
-        """Move the bar."""
-        speed, left = self._clock.update(step)
-        lost = "" if loss is None else f"loss {loss:.4g}  "
-        figures = f"{lost}{speed:,.0f} tokens/s  {_clock_time(left)} left"
-        if self._console.width >= _WIDE:
-            figures += "".join(f"  {_label(name)} {figure(name, value)}" for name, value in extra.items())
-        self._bar.update(self._task, completed=step, figures=figures)
-
-    def layer_table(self, rows: Sequence[Mapping[str, Any]]) -> None:
-        """The match of each layer, above the bar."""
-        if rows:
-            print_table(without_copies(rows), title=_MATCH_TITLE, to=self._console)
-
-    def message(self, text: str) -> None:
-        """One line above the bar."""
-        self._console.print(text, soft_wrap=True)
-
-    def finish(self, stage: str) -> None:
-        """Leave the bar as it is and give the terminal back."""
-        self.close()
-
-    def close(self) -> None:
-        """Give the terminal back, also after an error."""
-        self._bar.stop()
 
 
 def _print_section(target: Console, values: Mapping[str, Any], *, indent: int, unit: str = "") -> None:
     plain = {name: value for name, value in values.items() if not _is_nested(value)}
-    width = max((len(_label(name)) for name in plain), default=0)
+    width = max((len(label(name)) for name in plain), default=0)
     for name, value in values.items():
         if name in plain:
-            target.print(f"{'':{indent}}{_label(name):{width}}  {figure(unit or name, value)}", soft_wrap=True)
+            target.print(f"{'':{indent}}{label(name):{width}}  {figure(unit or name, value)}", soft_wrap=True)
         elif isinstance(value, Mapping) and _is_grid(value):
             rows = [{"": str(key), **row} for key, row in value.items()]
-            print_table(rows, title=_label(name), to=target)
+            print_table(rows, title=label(name), to=target)
         elif isinstance(value, Mapping):
-            target.print(f"{'':{indent}}{_label(name)}", style="bold")
+            target.print(f"{'':{indent}}{label(name)}", style="bold")
             _print_section(target, value, indent=indent + 2, unit=name if _in_bytes(name) else "")
         else:
-            print_table(value, title=_label(name), to=target)
+            print_table(value, title=label(name), to=target)
 
 
 def _is_nested(value: Any) -> bool:
@@ -316,7 +193,8 @@ def _is_grid(value: Mapping[str, Any]) -> bool:
     return all(row.keys() == rows[0].keys() and not any(map(_is_nested, row.values())) for row in rows)
 
 
-def _label(name: str) -> str:
+def label(name: str) -> str:
+    """What people read for a name of JSON."""
     # The figure beside it says its unit.
     return str(name).removesuffix("_bytes").replace("_", " ")
 
@@ -356,7 +234,7 @@ def plural(count: int, noun: str) -> str:
 def seconds(value: float) -> str:
     """A duration: `0.0075 s`, `0.08 s`, `12.3 s`, `2:05`."""
     if not math.isfinite(value) or value >= 120:
-        return _clock_time(value)
+        return clock_time(value)
     if 0 < value < 0.01:
         return f"{max(value, 1e-4):.2g} s"
     return f"{value:.2f} s" if value < 1 else f"{value:.1f} s"
@@ -382,7 +260,8 @@ def human_bytes(value: int) -> str:
     return f"{value} bytes" if unit == "bytes" else f"{size:,.1f} {unit}"
 
 
-def _clock_time(seconds: float) -> str:
+def clock_time(seconds: float) -> str:
+    """Seconds as people read a clock, 1:02:03."""
     if not math.isfinite(seconds):
         return "?"
     minutes, rest = divmod(round(seconds), 60)

@@ -10,7 +10,8 @@ import typer
 
 from linearize_cli import completion
 from linearize_cli.commands import Data, Json, Overrides, RecipeName, Revision, app
-from linearize_cli.output import console, make_progress, only_json, plural, print_json, print_table, program, say
+from linearize_cli.output import console, only_json, plural, print_json, print_table, program, say
+from linearize_cli.progress import make_progress
 
 NAMES = {"window": "cut to the window", "aligned": "aligned"}
 """What a swap puts in a layer's place, in words."""

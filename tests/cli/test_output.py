@@ -13,6 +13,7 @@ import pytest
 
 from linearize.progress import NullProgress, Progress, tell, warn
 from linearize_cli import output, results
+from linearize_cli import progress as display
 from tests.cli.stand_ins import REPORT
 
 
@@ -31,14 +32,14 @@ def drive(progress: Progress) -> None:
 
 
 def test_all_three_are_progress() -> None:
-    for kind in (NullProgress, output.LineProgress, output.BarProgress):
+    for kind in (NullProgress, display.LineProgress, display.BarProgress):
         assert isinstance(kind(), Progress)
     drive(NullProgress())
 
 
 def test_plain_lines_without_a_terminal(capsys: pytest.CaptureFixture) -> None:
-    progress = output.make_progress()
-    assert isinstance(progress, output.LineProgress)
+    progress = display.make_progress()
+    assert isinstance(progress, display.LineProgress)
     drive(progress)
     out, err = capsys.readouterr()
     assert out == "" and "\x1b" not in err and "\r" not in err
@@ -50,7 +51,7 @@ def test_plain_lines_without_a_terminal(capsys: pytest.CaptureFixture) -> None:
 
 
 def test_a_loss_that_no_step_gave_is_left_out(capsys: pytest.CaptureFixture) -> None:
-    progress = output.LineProgress()
+    progress = display.LineProgress()
     progress.start("align", 1, 1024)
     progress.step("align", 1, None, 1024, {})
     progress.layer_table([])
@@ -72,8 +73,8 @@ def test_a_bar_on_a_terminal(no_color: bool, monkeypatch: pytest.MonkeyPatch) ->
         monkeypatch.delenv(name, raising=False)
     if no_color:
         monkeypatch.setenv("NO_COLOR", "1")
-    progress = output.make_progress()
-    assert isinstance(progress, output.BarProgress)
+    progress = display.make_progress()
+    assert isinstance(progress, display.BarProgress)
     drive(progress)
     progress.close()
     shown = terminal.getvalue()
@@ -86,7 +87,7 @@ def test_a_bar_on_a_terminal(no_color: bool, monkeypatch: pytest.MonkeyPatch) ->
 def test_a_dumb_terminal_gets_lines(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(sys, "stderr", Terminal())
     monkeypatch.setenv("TERM", "dumb")
-    assert isinstance(output.make_progress(), output.LineProgress)
+    assert isinstance(display.make_progress(), display.LineProgress)
 
 
 @pytest.mark.parametrize(
@@ -122,8 +123,8 @@ def test_errors_have_no_colour_without_a_terminal(capsys: pytest.CaptureFixture)
 
 def test_speed_and_time_left_count_from_the_step_a_resumed_run_starts_at(monkeypatch: pytest.MonkeyPatch) -> None:
     now = [100.0]
-    monkeypatch.setattr(output.time, "monotonic", lambda: now[0])
-    clock = output._Clock(total_steps=100, tokens_per_step=10)
+    monkeypatch.setattr(display.time, "monotonic", lambda: now[0])
+    clock = display._Clock(total_steps=100, tokens_per_step=10)
     now[0] += 2.0
     assert clock.update(91) == (5.0, 18.0), "the first step after a resume at 90 took two seconds"
     now[0] += 2.0
